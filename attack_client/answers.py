@@ -1,0 +1,75 @@
+"""What the service says, as types. Fields the service adds later are ignored."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from mithridate.errors import InputError
+
+
+class Scored(BaseModel):
+    """A class and how sure the service is of it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    label: str
+    class_index: int
+    confidence: float
+
+
+class ImageAnswer(Scored):
+    """The answer for one image; ``undefended`` is what the base model alone would have said."""
+
+    top: tuple[Scored, ...]
+    undefended: Scored
+    suspicious: bool
+    adaptation: dict[str, Any] | None
+    neighbors: tuple[dict[str, Any], ...] | None = None
+
+
+class Answer(BaseModel):
+    """The answer to one request."""
+
+    model_config = ConfigDict(frozen=True)
+
+    id: str
+    bundle: dict[str, str]
+    defense: str
+    predictions: tuple[ImageAnswer, ...]
+    timings_ms: dict[str, float]
+
+
+class BundleDescription(BaseModel):
+    """``GET /v1/bundle``."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    digest: str
+    classes: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+    arch: str
+
+
+class Defenses(BaseModel):
+    """``GET /v1/defenses``."""
+
+    model_config = ConfigDict(frozen=True)
+
+    default: str
+    defenses: tuple[dict[str, str], ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What a request may ask for."""
+        return tuple(entry["name"] for entry in self.defenses)
+
+
+def parse_answer(content: bytes, kind: type[BaseModel], url: str) -> Any:
+    """Reads JSON as ``kind``. Raises InputError where it is something else: then this is not a Mithridate service."""
+    try:
+        return kind.model_validate_json(content)
+    except ValidationError as error:
+        raise InputError(f"{url} does not answer as Mithridate does: {error.errors()[0]['msg']}") from error

@@ -1,0 +1,273 @@
+"""A typed client for the service, synchronous and asynchronous.
+
+>>> with Client("http://127.0.0.1:8000") as client:
+...     client.predict(Path("x.png").read_bytes()).predictions[0].label
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import email.utils
+import json
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+import httpx2
+
+from attack_client.answers import Answer, BundleDescription, Defenses, parse_answer
+from mithridate.errors import InputError, MithridateError, OptionError
+
+_TRY_AGAIN = frozenset({429, 503})
+_SENT_NOTHING = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout)
+
+
+class ServiceError(MithridateError):
+    """The service answered with an error: HTTP ``status``, its ``detail`` and ``request_id``."""
+
+    def __init__(self, status: int, detail: str, request_id: str) -> None:
+        super().__init__(f"HTTP {status}: {detail}" + (f" (request {request_id})" if request_id else ""))
+        self.status = status
+        self.detail = detail
+        self.request_id = request_id
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetryPolicy:
+    """After 429, 503 or no connection: ``attempts`` in all, waiting as long as the service asks.
+
+    Where it does not say, ``base_seconds`` doubled each time, with full jitter, at most ``cap_seconds``.
+    """
+
+    attempts: int = 5
+    base_seconds: float = 0.1
+    cap_seconds: float = 10.0
+    rng: random.Random = field(default_factory=random.Random)
+
+    def wait(self, attempt: int, retry_after: str | None) -> float:
+        """Seconds to wait before attempt number ``attempt`` (the first retry is 2)."""
+        asked = _seconds(retry_after)
+        if asked is not None:
+            return min(asked, self.cap_seconds)
+        return self.rng.uniform(0, min(self.cap_seconds, self.base_seconds * 2 ** (attempt - 1)))
+
+
+def _seconds(retry_after: str | None) -> float | None:
+    """``Retry-After`` in either form: seconds or a date."""
+    if retry_after is None:
+        return None
+    if retry_after.strip().isdigit():
+        return float(retry_after)
+    try:
+        date = email.utils.parsedate_to_datetime(retry_after)
+    except ValueError:
+        return None
+    return max(0.0, date.timestamp() - time.time())
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Call:
+    """One HTTP request, the same for both clients."""
+
+    method: str
+    path: str
+    content: bytes | None = None
+    params: dict[str, str] = field(default_factory=dict)
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+def _predict_call(images: bytes | Sequence[bytes], options: dict[str, Any]) -> _Call:
+    """One image goes as it is, several as base64."""
+    given = {key: value for key, value in options.items() if value is not None}
+    if isinstance(images, bytes):
+        params = {key: str(value).lower() if isinstance(value, bool) else str(value) for key, value in given.items()}
+        headers = {"Content-Type": "application/octet-stream"}
+        return _Call(method="POST", path="/v1/predict", content=images, params=params, headers=headers)
+    body = {"images": [base64.b64encode(image).decode() for image in images], **given}
+    headers = {"Content-Type": "application/json"}
+    return _Call(method="POST", path="/v1/predict", content=json.dumps(body).encode(), headers=headers)
+
+
+def _check(response: httpx2.Response) -> bytes:
+    """The body of a good answer. Raises ServiceError for the others."""
+    if response.status_code < 400:
+        return response.content
+    try:
+        problem = response.json()
+        detail, identity = str(problem["detail"]), str(problem.get("request_id", ""))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        detail, identity = response.text[:200], ""
+    raise ServiceError(response.status_code, detail, identity)
+
+
+def _base_url(url: str) -> str:
+    if not url.startswith(("http://", "https://")):
+        raise OptionError(f"{url!r} is not a service's address; write it as http://host:port")
+    return url.rstrip("/")
+
+
+class Client:
+    """The synchronous client. Safe to share between threads."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        timeout_seconds: float = 60.0,
+        retry: RetryPolicy | None = None,
+        transport: httpx2.BaseTransport | None = None,
+    ) -> None:
+        self.url = _base_url(url)
+        self._retry = retry or RetryPolicy()
+        self._http = httpx2.Client(base_url=self.url, timeout=timeout_seconds, transport=transport)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Gives back the connections."""
+        self._http.close()
+
+    def predict(
+        self,
+        images: bytes | Sequence[bytes],
+        *,
+        defense: str | None = None,
+        top_k: int | None = None,
+        explain: bool | None = None,
+        deadline_ms: float | None = None,
+    ) -> Answer:
+        """Classifies one encoded image, or several in one request.
+
+        Raises ServiceError for an error answer, InputError where nobody answers.
+        """
+        options = {"defense": defense, "top_k": top_k, "explain": explain, "deadline_ms": deadline_ms}
+        answer: Answer = parse_answer(self._send(_predict_call(images, options)), Answer, self.url)
+        return answer
+
+    def bundle(self) -> BundleDescription:
+        """What is served."""
+        content = self._send(_Call(method="GET", path="/v1/bundle"))
+        description: BundleDescription = parse_answer(content, BundleDescription, self.url)
+        return description
+
+    def defenses(self) -> Defenses:
+        """What a request may ask for."""
+        defenses: Defenses = parse_answer(self._send(_Call(method="GET", path="/v1/defenses")), Defenses, self.url)
+        return defenses
+
+    def wait_until_ready(self, timeout_seconds: float = 60.0) -> None:
+        """Returns once the service is ready. Raises InputError where it is not in time."""
+        deadline = time.monotonic() + timeout_seconds
+        while True:
+            try:
+                if self._http.get("/readyz").status_code == 200:
+                    return
+            except httpx2.TransportError:
+                pass  # not listening yet
+            if time.monotonic() >= deadline:
+                raise InputError(f"{self.url} was not ready within {timeout_seconds:g} s")
+            time.sleep(0.05)
+
+    def _send(self, call: _Call) -> bytes:
+        for attempt in range(1, self._retry.attempts + 1):
+            last = attempt == self._retry.attempts
+            try:
+                response = self._http.request(
+                    call.method, call.path, content=call.content, params=call.params, headers=call.headers
+                )
+            except httpx2.TransportError as error:
+                if last or not isinstance(error, _SENT_NOTHING):
+                    raise _unreachable(self.url, error) from error
+                time.sleep(self._retry.wait(attempt + 1, None))
+                continue
+            if last or response.status_code not in _TRY_AGAIN:
+                return _check(response)
+            time.sleep(self._retry.wait(attempt + 1, response.headers.get("Retry-After")))
+        raise OptionError(f"attempts={self._retry.attempts} is out of range; allowed: from 1")
+
+
+class AsyncClient:
+    """The asynchronous client: the same methods, awaited."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        timeout_seconds: float = 60.0,
+        retry: RetryPolicy | None = None,
+        transport: httpx2.AsyncBaseTransport | None = None,
+        connections: int = 100,
+    ) -> None:
+        self.url = _base_url(url)
+        self._retry = retry or RetryPolicy()
+        limits = httpx2.Limits(max_connections=connections, max_keepalive_connections=connections)
+        self._http = httpx2.AsyncClient(base_url=self.url, timeout=timeout_seconds, transport=transport, limits=limits)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Gives back the connections."""
+        await self._http.aclose()
+
+    async def predict(
+        self,
+        images: bytes | Sequence[bytes],
+        *,
+        defense: str | None = None,
+        top_k: int | None = None,
+        explain: bool | None = None,
+        deadline_ms: float | None = None,
+    ) -> Answer:
+        """Classifies one encoded image, or several in one request; errors as the synchronous client's."""
+        options = {"defense": defense, "top_k": top_k, "explain": explain, "deadline_ms": deadline_ms}
+        answer: Answer = parse_answer(await self._send(_predict_call(images, options)), Answer, self.url)
+        return answer
+
+    async def bundle(self) -> BundleDescription:
+        """What is served."""
+        content = await self._send(_Call(method="GET", path="/v1/bundle"))
+        description: BundleDescription = parse_answer(content, BundleDescription, self.url)
+        return description
+
+    async def defenses(self) -> Defenses:
+        """What a request may ask for."""
+        content = await self._send(_Call(method="GET", path="/v1/defenses"))
+        defenses: Defenses = parse_answer(content, Defenses, self.url)
+        return defenses
+
+    async def _send(self, call: _Call) -> bytes:
+        for attempt in range(1, self._retry.attempts + 1):
+            last = attempt == self._retry.attempts
+            try:
+                response = await self._http.request(
+                    call.method, call.path, content=call.content, params=call.params, headers=call.headers
+                )
+            except httpx2.TransportError as error:
+                if last or not isinstance(error, _SENT_NOTHING):
+                    raise _unreachable(self.url, error) from error
+                await asyncio.sleep(self._retry.wait(attempt + 1, None))
+                continue
+            if last or response.status_code not in _TRY_AGAIN:
+                return _check(response)
+            await asyncio.sleep(self._retry.wait(attempt + 1, response.headers.get("Retry-After")))
+        raise OptionError(f"attempts={self._retry.attempts} is out of range; allowed: from 1")
+
+
+def _unreachable(url: str, error: httpx2.TransportError) -> InputError:
+    return InputError(
+        f"{url} does not answer ({type(error).__name__}: {error or 'no details'}); is the service running?"
+    )

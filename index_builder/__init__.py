@@ -1,0 +1,1 @@
+"""The offline room: trains, attacks, embeds, indexes, and writes a bundle."""

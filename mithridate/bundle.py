@@ -1,0 +1,237 @@
+"""The bundle: a directory with everything that serving needs. Written once, then read-only, checked before use."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from mithridate.errors import BundleError
+from mithridate.exemplars import CLEAN, ExemplarStore, Layout
+from mithridate.models import Classifier, is_factory, load_classifier
+from mithridate.neighbors import NeighborIndex
+
+SCHEMA_VERSION: Literal[1] = 1
+MANIFEST = "manifest.json"
+MODEL = "model.safetensors"
+LABELS = "labels.npy"
+PREDICTIONS = "predictions.npy"
+EMBEDDINGS = "embeddings.npy"
+FEATURES = "features.npy"
+INDEX = "index.faiss"
+CARD = "card.json"
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DatasetEntry(_Frozen):
+    """Which data the bundle was built from."""
+
+    spec: str
+    fingerprint: str
+    images: Annotated[int, Field(gt=0)]
+
+
+class ModelEntry(_Frozen):
+    """How to build the network that ``model.safetensors`` fits."""
+
+    arch: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    embedding_layer: str
+
+
+class CopyEntry(_Frozen):
+    """One copy of the training set: the clean one, or what one attack made of it."""
+
+    name: str
+    epsilon: str | None = None
+    steps: int | None = None
+    step_size: float | None = None
+    random_start: bool | None = None
+    base_correct: Annotated[int, Field(ge=0)]  # images of this copy that the base model classifies correctly
+
+
+class FileEntry(_Frozen):
+    """What a file of the bundle must be."""
+
+    sha256: str
+    bytes: int
+
+
+class Manifest(_Frozen):
+    """``manifest.json``. Holds no time and no host: building the same thing twice gives the same bytes."""
+
+    schema_version: Literal[1]
+    name: str
+    dataset: DatasetEntry
+    classes: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+    resize: Literal["exact", "center-crop"]
+    model: ModelEntry
+    copies: tuple[CopyEntry, ...]
+    seed: int
+    shard_size: Annotated[int, Field(gt=0)]
+    index: str
+    built_with: dict[str, str]
+    files: dict[str, FileEntry]
+
+    @field_validator("files")
+    @classmethod
+    def _inside(cls, files: dict[str, FileEntry]) -> dict[str, FileEntry]:
+        for name in files:
+            path = PurePosixPath(name)
+            if path.is_absolute() or ".." in path.parts:
+                raise ValueError(f"{name!r} points outside the bundle")
+        return files
+
+    @property
+    def layout(self) -> Layout:
+        """How the exemplars are numbered."""
+        names = tuple(copy.name for copy in self.copies)
+        return Layout(sources=self.dataset.images, copies=names, shard_size=self.shard_size)
+
+    def encode(self) -> bytes:
+        """The bytes of the file; their sha256 is the bundle's digest."""
+        return (json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True) + "\n").encode()
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle. The parts are loaded when first asked for."""
+
+    path: Path
+    manifest: Manifest
+    digest: str
+
+    @classmethod
+    def open(cls, path: Path, *, verify: bool = True) -> Bundle:
+        """Opens the bundle at ``path``. Raises BundleError for whatever is wrong with it.
+
+        ``verify=False`` skips the digests, for a caller that has just checked them.
+        """
+        bundle = cls(path, *_read_manifest(path))
+        if verify:
+            for problem in bundle.problems():
+                raise BundleError(f"bundle {path}: {problem}")
+        return bundle
+
+    def problems(self) -> Iterator[str]:
+        """Every file that is missing, of the wrong size, changed, or not listed."""
+        listed = self.manifest.files
+        for name, entry in sorted(listed.items()):
+            file = self.path / name
+            if not file.is_file():
+                yield f"{name} is missing"
+            elif file.stat().st_size != entry.bytes:
+                yield f"{name} has {file.stat().st_size} bytes, the manifest says {entry.bytes}"
+            elif sha256_of(file) != entry.sha256:
+                yield f"{name} has been changed (its sha256 is not the manifest's)"
+        present = {file.relative_to(self.path).as_posix() for file in self.path.rglob("*") if file.is_file()}
+        for name in sorted(present - set(listed) - {MANIFEST, CARD}):
+            yield f"{name} is not listed in the manifest"
+
+    def classifier(self, *, allow_factory: str | None = None) -> Classifier:
+        """The base model. ``allow_factory`` must repeat the name where the network is a user's own code."""
+        model = self.manifest.model
+        if is_factory(model.arch) and model.arch != allow_factory:
+            raise BundleError(
+                f"the network of {self.path} is built by code outside Mithridate, {model.arch!r}; "
+                f"repeat it with --arch {model.arch} to run that code"
+            )
+        return load_classifier(
+            self.path / MODEL,
+            arch=model.arch,
+            num_classes=len(self.manifest.classes),
+            image_shape=self.manifest.image_shape,
+            mean=model.mean,
+            std=model.std,
+            embedding_layer=model.embedding_layer,
+        )
+
+    @cached_property
+    def embeddings(self) -> NDArray[np.float32]:
+        """float32 ``[E, D]``, memory-mapped: what the index was made from."""
+        return self._array(EMBEDDINGS, len(self.manifest.layout), np.float32)
+
+    def index(self) -> NeighborIndex:
+        """The neighbour index."""
+        return NeighborIndex.read(self.path / INDEX, self.embeddings)
+
+    def exemplars(self) -> ExemplarStore:
+        """The exemplars' pixels, labels and head features."""
+        layout = self.manifest.layout
+        has_features = FEATURES in self.manifest.files
+        labels = self._array(LABELS, layout.sources, np.int64)
+        if labels.min() < 0 or labels.max() >= len(self.manifest.classes):
+            raise BundleError(f"{LABELS} holds labels outside 0..{len(self.manifest.classes) - 1}")
+        return ExemplarStore(
+            self.path,
+            layout,
+            labels=labels,
+            features=self._array(FEATURES, len(layout), np.float32) if has_features else self.embeddings,
+            predictions=self._array(PREDICTIONS, len(layout), np.int32),
+        )
+
+    def _array(self, name: str, rows: int, dtype: type) -> NDArray[Any]:
+        try:
+            # Copy-on-write: torch wants writable memory, and the file must never change.
+            array: NDArray[Any] = np.load(self.path / name, mmap_mode="c", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise BundleError(f"bundle {self.path}: {name} is not a readable array ({error})") from error
+        if array.dtype != dtype or len(array) != rows:
+            raise BundleError(f"bundle {self.path}: {name} is {array.dtype} x {len(array)}, wanted {dtype} x {rows}")
+        if array.dtype.kind == "f" and not all(np.isfinite(part).all() for part in _parts(array)):
+            raise BundleError(f"bundle {self.path}: {name} holds NaN or infinite numbers")
+        return array
+
+
+def _parts(array: NDArray[Any], rows: int = 65_536) -> Iterator[NDArray[Any]]:
+    for start in range(0, len(array), rows):
+        yield array[start : start + rows]
+
+
+def _read_manifest(path: Path) -> tuple[Manifest, str]:
+    file = path / MANIFEST
+    if not path.is_dir() or not file.is_file():
+        raise BundleError(f"{path} is not a bundle: there is no {MANIFEST} in it")
+    raw = file.read_bytes()
+    try:
+        content = json.loads(raw)
+        version = content.get("schema_version") if isinstance(content, dict) else None
+        if version != SCHEMA_VERSION:
+            raise BundleError(f"{file} has schema version {version!r}; this Mithridate reads {SCHEMA_VERSION}")
+        manifest = Manifest.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise BundleError(f"{file} is not a valid manifest: {where}: {first['msg']}") from error
+    except ValueError as error:
+        raise BundleError(f"{file} is not JSON ({error})") from error
+    required = {MODEL, LABELS, PREDICTIONS, EMBEDDINGS, INDEX, *_shard_names(manifest.layout)}
+    unlisted = sorted(required - set(manifest.files))
+    if unlisted or not manifest.copies or manifest.copies[0].name != CLEAN:
+        what = f"does not list {unlisted[0]}" if unlisted else "does not begin with the clean copy"
+        raise BundleError(f"{file} is not a valid manifest: it {what}")
+    return manifest, f"sha256:{hashlib.sha256(raw).hexdigest()}"
+
+
+def _shard_names(layout: Layout) -> set[str]:
+    shards = range(layout.shards_per_copy)
+    return {layout.shard_path(copy, shard) for copy in range(len(layout.copies)) for shard in shards}
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,24 @@
+"""Defences: each answers for clients, and gives attackers its best differentiable path."""
+
+from mithridate.defenses.base import (
+    Adaptation,
+    Budget,
+    Defence,
+    Neighborhood,
+    Prediction,
+    Resources,
+)
+from mithridate.defenses.pipeline import DEFAULT_DEFENCES, build_defence, describe_defence, parse_defence
+
+__all__ = [
+    "DEFAULT_DEFENCES",
+    "Adaptation",
+    "Budget",
+    "Defence",
+    "Neighborhood",
+    "Prediction",
+    "Resources",
+    "build_defence",
+    "describe_defence",
+    "parse_defence",
+]

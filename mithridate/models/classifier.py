@@ -1,0 +1,174 @@
+"""The classifier that every other part works with: un-normalised images in, logits or embeddings out."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import nn
+
+from mithridate.errors import ModelError
+from mithridate.models.registry import build_network
+from mithridate.models.splitting import DEFAULT_LAYER, split_network
+from mithridate.types import Embeddings, Images, Logits
+
+_CANONICAL_BATCH_LIMIT = 9
+"""Above this many rows of padding, bitwise batch independence on the CPU costs more than it is worth."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """Everything but the weights: enough to build the same classifier again."""
+
+    arch: str
+    num_classes: int
+    image_shape: tuple[int, int, int]  # (C, H, W) of the images, before any repeat of a grey channel
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    embedding_layer: str = DEFAULT_LAYER
+
+    def metadata(self) -> dict[str, str]:
+        """As strings, for the header of a safetensors file."""
+        return {key: value if isinstance(value, str) else json.dumps(value) for key, value in asdict(self).items()}
+
+
+class Classifier(nn.Module):
+    """A network with its normalisation inside, split before its last linear layer.
+
+    ``forward(images) -> logits [N, C]``, ``embed(images) -> [N, D]``; images are float ``[N, C, H, W]`` in [0, 1].
+    Always in evaluation mode and frozen; ``private_network`` gives weights that can be changed.
+    """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, network: nn.Module, spec: ModelSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.network = network.eval()
+        self.register_buffer("mean", torch.tensor(spec.mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(spec.std).view(1, -1, 1, 1), persistent=False)
+        split = split_network(network, layer=spec.embedding_layer)
+        self._trunk = (split.trunk,)  # in a tuple: its parameters are the network's, and counted there
+        self._head = (split.head,)
+        self.requires_grad_(False)
+
+    @property
+    def head(self) -> nn.Linear:
+        """The last linear layer. Raises ModelError where the logits do not come straight out of one."""
+        head = self._head[0]
+        if head is None:
+            raise ModelError(
+                f"{self.spec.arch} does not end in a linear layer, so there is no head to adapt; use rmc:scope=all"
+            )
+        return head
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the logits come straight out of a linear layer."""
+        return self._head[0] is not None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.mean.device
+
+    def normalise(self, images: Images) -> torch.Tensor:
+        """Repeats a grey channel where the network wants colour; subtracts the mean, divides by the deviation."""
+        if images.shape[1] == 1 and self.mean.shape[1] == 3:
+            images = images.expand(-1, 3, -1, -1)
+        return (images - self.mean) / self.std
+
+    def forward(self, images: Images) -> Logits:
+        """``[N, C, H, W]`` in [0, 1] to logits ``[N, num_classes]``."""
+        logits: Logits = self.network(self.normalise(images))
+        return logits
+
+    def features(self, images: Images) -> tuple[Embeddings, torch.Tensor]:
+        """Embedding ``[N, D]`` and the input of the head ``[N, D']``; by default these are the same tensor.
+
+        On the CPU, a small batch is padded to more rows than there are threads: below that, the convolution
+        library splits one image over the threads and rounds differently. With the padding an image has, to the
+        bit, the same embedding whatever else is in its batch.
+        """
+        count = len(images)
+        padding = torch.get_num_threads() + 1 - count
+        if images.device.type == "cpu" and 0 < padding < _CANONICAL_BATCH_LIMIT and count:
+            images = torch.cat([images, images[:1].expand(padding, -1, -1, -1)])
+        embedding, head_input = self._trunk[0](self.normalise(images))
+        pooled = _pool(embedding)[:count]
+        return pooled, pooled if head_input is embedding else _pool(head_input)[:count]
+
+    def embed(self, images: Images) -> Embeddings:
+        """``[N, C, H, W]`` in [0, 1] to ``[N, D]``; maps and token sequences are averaged over their positions."""
+        return self.features(images)[0]
+
+    def private_network(self) -> nn.Module:
+        """A copy of the network (normalised images in, logits out) whose weights can be trained.
+
+        Still in evaluation mode: running statistics stay frozen, affine parameters train.
+        """
+        return copy.deepcopy(self.network).requires_grad_(True)
+
+
+def _pool(activations: torch.Tensor) -> torch.Tensor:
+    if activations.ndim == 4:  # [N, C, H, W]
+        return activations.mean((2, 3))
+    if activations.ndim == 3:  # [N, tokens, D]
+        return activations.mean(1)
+    if activations.ndim == 2:
+        return activations
+    raise ModelError(f"an embedding layer must give 2 to 4 dimensions, this one gives {tuple(activations.shape)}")
+
+
+def build_classifier(
+    arch: str,
+    *,
+    num_classes: int,
+    image_shape: tuple[int, int, int],
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    embedding_layer: str = DEFAULT_LAYER,
+) -> Classifier:
+    """A classifier with fresh weights; normalisation as the architecture has it unless given.
+
+    Raises ModelError where the architecture is unknown or cannot take images of this shape.
+    """
+    built = build_network(arch, num_classes=num_classes, channels=image_shape[0])
+    mean, std = mean or built.mean, std or built.std
+    if image_shape[0] not in (1, built.in_channels) or len(mean) != built.in_channels or len(std) != built.in_channels:
+        raise ModelError(
+            f"{arch} takes {built.in_channels} channels; seen: images with {image_shape[0]}, "
+            f"a mean of {len(mean)} and a deviation of {len(std)} numbers"
+        )
+    spec = ModelSpec(
+        arch=arch,
+        num_classes=num_classes,
+        image_shape=image_shape,
+        mean=mean,
+        std=std,
+        embedding_layer=embedding_layer,
+    )
+    classifier = Classifier(built.network, spec)
+    _probe(classifier)
+    return classifier
+
+
+def _probe(classifier: Classifier) -> None:
+    """One forward pass, to say early and in one line that shapes do not fit."""
+    spec = classifier.spec
+    try:
+        with torch.no_grad():
+            logits = classifier(torch.zeros(2, *spec.image_shape))
+            classifier.features(torch.zeros(2, *spec.image_shape))
+    except ModelError:
+        raise
+    except Exception as error:  # shape errors surface as many types
+        shape = "x".join(map(str, spec.image_shape))
+        raise ModelError(f"{spec.arch} cannot take {shape} images: {str(error).splitlines()[0]}") from error
+    if logits.shape != (2, spec.num_classes):
+        raise ModelError(
+            f"{spec.arch} gives {tuple(logits.shape[1:])} logits an image; the data has {spec.num_classes} classes"
+        )

@@ -1,0 +1,186 @@
+"""Cutting a network at a named layer, without asking its author to change it.
+
+torchvision's feature extraction traces the network once; the cut is made in the traced graph, so that what lies
+behind the cut is not run. A network that cannot be traced (control flow that depends on the data) is cut with hooks:
+the same values, but the whole network runs.
+"""
+
+from __future__ import annotations
+
+import operator
+import threading
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from mithridate.errors import ModelError
+
+DEFAULT_LAYER = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """A network cut before its last linear layer.
+
+    ``trunk(normalised) -> (embedding, head_input)``, both as the network has them (not yet pooled).
+    ``head`` is the last linear layer where the logits come straight out of one, else None.
+    """
+
+    trunk: nn.Module
+    head: nn.Linear | None
+    layer: str
+
+
+def split_network(network: nn.Module, *, layer: str = DEFAULT_LAYER) -> Split:
+    """Cuts ``network`` (in evaluation mode) at ``layer``; ``auto`` is what feeds the last linear layer.
+
+    ``layer`` is a module (``layer3``, ``features.4``) or any node that torchvision's ``get_graph_node_names`` lists.
+    The parts share their parameters with ``network``. Raises ModelError for a layer that is not there.
+    """
+    try:
+        graph_module = _trace(network)
+    except (
+        Exception
+    ):  # tracing runs the network symbolically: anything may come out of a network that does not allow it
+        return _split_with_hooks(network, layer)
+    output = _output_node(graph_module.graph)
+    linear = _last_linear(graph_module, output)
+    head_input = linear.args[0] if linear is not None else None
+    if layer != DEFAULT_LAYER:
+        embedding = _node_named(network, graph_module.graph, layer)
+    else:
+        embedding = head_input if isinstance(head_input, fx.Node) else _before_output(graph_module, output)
+    trunk = _cut(graph_module, embedding, head_input if isinstance(head_input, fx.Node) else embedding)
+    head = graph_module.get_submodule(str(linear.target)) if linear is not None else None
+    return Split(trunk=trunk, head=head if isinstance(head, nn.Linear) else None, layer=layer)
+
+
+def _extractor(network: nn.Module, layer: str) -> fx.GraphModule:
+    from torchvision.models import feature_extraction
+
+    with warnings.catch_warnings():  # it warns where training and evaluation graphs differ; only the latter is used
+        warnings.simplefilter("ignore")
+        module = feature_extraction.create_feature_extractor(
+            network, train_return_nodes=[layer], eval_return_nodes=[layer], suppress_diff_warning=True
+        )
+    graph_module: fx.GraphModule = module.eval()
+    return graph_module
+
+
+def _trace(network: nn.Module) -> fx.GraphModule:
+    from torchvision.models import feature_extraction
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        train_names, eval_names = feature_extraction.get_graph_node_names(network, suppress_diff_warning=True)
+        module = feature_extraction.create_feature_extractor(
+            network,
+            train_return_nodes=[train_names[-1]],
+            eval_return_nodes=[eval_names[-1]],
+            suppress_diff_warning=True,
+        )
+    graph_module: fx.GraphModule = module.eval()
+    return graph_module
+
+
+def _output_node(graph: fx.Graph) -> fx.Node:
+    """The node whose value the network returns (feature extraction wraps it in a dictionary)."""
+    result = next(node for node in graph.nodes if node.op == "output").args[0]
+    value = next(iter(result.values())) if isinstance(result, dict) else result
+    assert isinstance(value, fx.Node)
+    return value
+
+
+def _last_linear(module: fx.GraphModule, output: fx.Node) -> fx.Node | None:
+    is_linear = output.op == "call_module" and isinstance(module.get_submodule(str(output.target)), nn.Linear)
+    return output if is_linear else None
+
+
+def _before_output(module: fx.GraphModule, output: fx.Node) -> fx.Node:
+    """Where the logits do not come out of a linear layer: what feeds the last layer that has weights."""
+    node = output
+    while node.all_input_nodes:
+        if node.op == "call_module" and any(True for _ in module.get_submodule(str(node.target)).parameters()):
+            return node.all_input_nodes[0]
+        node = node.all_input_nodes[0]
+    raise ModelError("the network has no layer with weights, so there is nothing to embed with; give embedding_layer")
+
+
+def _node_named(network: nn.Module, graph: fx.Graph, layer: str) -> fx.Node:
+    try:
+        name = _output_node(_extractor(network, layer).graph).name
+    except (ValueError, AttributeError, KeyError) as error:
+        raise ModelError(f"the network has no layer {layer!r}; its parts are {_children(network)}") from error
+    found: fx.Node = next(node for node in graph.nodes if node.name == name)
+    return found
+
+
+def _children(network: nn.Module) -> str:
+    return ", ".join(name for name, _ in network.named_children()) or "(none)"
+
+
+def _cut(module: fx.GraphModule, embedding: fx.Node, head_input: fx.Node) -> nn.Module:
+    graph = fx.Graph()
+    copies: dict[fx.Node, Any] = {}
+    graph.graph_copy(module.graph, copies)
+    graph.output((copies[embedding], copies[head_input]))
+    trunk = fx.GraphModule(module, graph)
+    trunk.graph.eliminate_dead_code()
+    trunk.delete_all_unused_submodules()
+    trunk.recompile()
+    return trunk
+
+
+class _HookTrunk(nn.Module):
+    """Runs the whole network and keeps what passed by; one call at a time."""
+
+    def __init__(self, network: nn.Module, embedding: nn.Module, head: nn.Linear | None, *, before: bool) -> None:
+        super().__init__()
+        # Held in tuples so that the network is not registered a second time under this module.
+        self._parts = (network, embedding, head)
+        self._before = before
+        self._lock = threading.Lock()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _HookTrunk:
+        import copy
+
+        network, embedding, head = (copy.deepcopy(part, memo) for part in self._parts)
+        assert isinstance(network, nn.Module)
+        assert isinstance(embedding, nn.Module)
+        return _HookTrunk(network, embedding, head if isinstance(head, nn.Linear) else None, before=self._before)
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        network, embedding, head = self._parts
+        seen: dict[str, torch.Tensor] = {}
+        with self._lock:
+            handles = [
+                embedding.register_forward_pre_hook(lambda _, args: operator.setitem(seen, "embedding", args[0]))
+                if self._before
+                else embedding.register_forward_hook(lambda _, __, out: operator.setitem(seen, "embedding", out))
+            ]
+            if head is not None:
+                handles.append(
+                    head.register_forward_pre_hook(lambda _, args: operator.setitem(seen, "head_input", args[0]))
+                )
+            try:
+                network(images)
+            finally:
+                for handle in handles:
+                    handle.remove()
+        return seen["embedding"], seen.get("head_input", seen["embedding"])
+
+
+def _split_with_hooks(network: nn.Module, layer: str) -> Split:
+    linears = [module for module in network.modules() if isinstance(module, nn.Linear)]
+    head = linears[-1] if linears else None
+    if layer == DEFAULT_LAYER:
+        if head is None:
+            raise ModelError("the network cannot be traced and has no linear layer; name a module as embedding layer")
+        return Split(trunk=_HookTrunk(network, head, head, before=True), head=head, layer=layer)
+    modules = dict(network.named_modules())
+    if layer not in modules:
+        raise ModelError(f"the network has no layer {layer!r}; its parts are {_children(network)}")
+    return Split(trunk=_HookTrunk(network, modules[layer], head, before=False), head=head, layer=layer)

@@ -1,0 +1,1 @@
+"""The online room: reads a bundle and answers over HTTP."""

@@ -1,0 +1,94 @@
+"""Errors over HTTP: ``application/problem+json`` (RFC 9457), with the request's id and never a traceback."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+
+from mithridate import errors
+
+logger = logging.getLogger("mithridate.service")
+
+MEDIA_TYPE = "application/problem+json"
+
+
+class Problem(Exception):
+    """An answer that is an error: HTTP ``status``, one sentence of ``detail``."""
+
+    def __init__(self, status: int, detail: str, *, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.detail = detail
+        self.headers = dict(headers or {})
+
+
+STATUS_OF: tuple[tuple[type[errors.MithridateError], int], ...] = (
+    (errors.ImageTypeError, 415),
+    (errors.ImageTooLargeError, 413),
+    (errors.ImageMalformedError, 400),
+    (errors.ImageUnusableError, 422),
+    (errors.OptionError, 422),
+    (errors.BudgetExceededError, 504),
+)
+"""How the library's errors are told to a client; any other is 500 and tells nothing."""
+
+
+def to_problem(error: errors.MithridateError, *, prefix: str = "") -> Problem:
+    """The problem that a library error is for a client."""
+    for kind, status in STATUS_OF:
+        if isinstance(error, kind):
+            return Problem(status, f"{prefix}{error}")
+    logger.error("unexpected %s: %s", type(error).__name__, error)
+    return Problem(500, "the server failed to answer")
+
+
+def install(app: FastAPI) -> None:
+    """Makes every error of ``app`` a problem document."""
+
+    async def on_problem(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, Problem)
+        return _response(request, error.status, error.detail, error.headers)
+
+    async def on_http(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        return _response(request, error.status_code, str(error.detail), error.headers or {})
+
+    async def on_validation(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)
+        first: dict[str, Any] = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        return _response(request, 422, f"{where}: {first['msg']}; seen: {str(first.get('input'))[:80]!r}", {})
+
+    async def on_anything(request: Request, error: Exception) -> JSONResponse:
+        logger.error("request %s failed", request_id(request), exc_info=error)
+        return _response(request, 500, "the server failed to answer", {})
+
+    app.add_exception_handler(Problem, on_problem)
+    app.add_exception_handler(HTTPException, on_http)
+    app.add_exception_handler(RequestValidationError, on_validation)
+    app.add_exception_handler(Exception, on_anything)
+
+
+def request_id(request: Request) -> str:
+    """The id that the middleware gave this request."""
+    return str(request.scope.get("state", {}).get("request_id", ""))
+
+
+def _response(request: Request, status: int, detail: str, headers: Mapping[str, str]) -> JSONResponse:
+    content = {
+        "type": "about:blank",
+        "title": HTTPStatus(status).phrase,
+        "status": status,
+        "detail": detail,
+        "instance": request.url.path,
+        "request_id": request_id(request),
+    }
+    return JSONResponse(content, status_code=status, headers=dict(headers), media_type=MEDIA_TYPE)

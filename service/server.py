@@ -1,0 +1,82 @@
+"""Running the application: one process, a port that is really free, an end that loses no request."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+from types import FrameType
+
+import uvicorn
+
+from mithridate.errors import OptionError
+from service.app import Service, create_app
+from service.settings import Settings
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+def serve(settings: Settings) -> None:
+    """Serves until SIGTERM or SIGINT, then drains. Raises OptionError where the bundle or the port cannot be used."""
+    if settings.log_level not in LOG_LEVELS:
+        raise OptionError(f"log level {settings.log_level!r} is unknown; allowed: {', '.join(LOG_LEVELS)}")
+    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    listener = _bind(settings)
+    app = create_app(settings)
+    service: Service = app.state.service
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        log_level=settings.log_level,
+        access_log=False,  # the middleware writes one line a request, with its id
+        server_header=False,
+        timeout_graceful_shutdown=settings.drain_timeout_s,
+    )
+    server = _DrainingServer(config, service, settings.drain_seconds)
+    service.on_failure = server.stop
+    host, port = listener.getsockname()[:2]
+    logging.getLogger("mithridate.service").info("listening on http://%s:%d", host, port)
+    server.run(sockets=[listener])
+    if service.failure:
+        raise OptionError(service.failure)
+
+
+class _DrainingServer(uvicorn.Server):
+    """On the first signal: not ready at once, the port closed after the drain time, running requests answered."""
+
+    def __init__(self, config: uvicorn.Config, service: Service, drain_seconds: float) -> None:
+        super().__init__(config)
+        self._service = service
+        self._drain_seconds = drain_seconds
+
+    def stop(self) -> None:
+        """Ends the server."""
+        self.should_exit = True
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._service.draining:  # a second signal: do not wait
+            self.force_exit = sig == signal.SIGINT
+            self.should_exit = True
+            return
+        self._service.drain()
+        if self._drain_seconds:
+            loop = asyncio.get_running_loop()
+            loop.call_soon_threadsafe(loop.call_later, self._drain_seconds, self.stop)
+        else:
+            self.stop()
+
+
+def _bind(settings: Settings) -> socket.socket:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.host, settings.port))
+    except OSError as error:
+        listener.close()
+        raise OptionError(
+            f"cannot listen at {settings.host}:{settings.port} ({error.strerror or error}); choose another --port"
+        ) from error
+    listener.set_inheritable(True)
+    return listener

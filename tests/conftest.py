@@ -1,0 +1,54 @@
+"""What most tests need: real digits, and a small bundle built from them once a session."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from index_builder.build import BuildPlan, build_bundle
+from mithridate.bundle import Bundle
+from mithridate.datasets import LabelledImages, load_dataset
+from mithridate.defenses import Resources
+from mithridate.neighbors import set_search_threads
+from mithridate.types import Epsilon
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _two_threads() -> None:
+    torch.set_num_threads(2)
+    set_search_threads(2)
+
+
+@pytest.fixture(scope="session")
+def digits_train() -> LabelledImages:
+    return load_dataset("digits[train]")
+
+
+@pytest.fixture(scope="session")
+def digits_test() -> LabelledImages:
+    return load_dataset("digits[test]")
+
+
+@pytest.fixture(scope="session")
+def digits_bundle(tmp_path_factory: pytest.TempPathFactory, digits_train: LabelledImages) -> Path:
+    """A verified bundle with a trained model and one adversarial copy. Do not write to it: copy it first."""
+    out = tmp_path_factory.mktemp("bundles") / "digits"
+    build_bundle(BuildPlan(data=digits_train, out=out, attacks=("pgd10",), epsilon=Epsilon(32), shard_size=512))
+    return out
+
+
+@pytest.fixture(scope="session")
+def resources(digits_bundle: Path) -> Resources:
+    return Resources.load(Bundle.open(digits_bundle))
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Data and weights that are not part of the project; the test skips where they are not at hand."""
+    if not SHARED.is_dir():
+        pytest.skip(f"there is no {SHARED.name}/ with data and weights beside the checkout")
+    return SHARED
