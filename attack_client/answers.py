@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mithridate.errors import InputError
 
@@ -37,7 +37,7 @@ class Answer(BaseModel):
     id: str
     bundle: dict[str, str]
     defense: str
-    predictions: tuple[ImageAnswer, ...]
+    predictions: Annotated[tuple[ImageAnswer, ...], Field(min_length=1)]
     timings_ms: dict[str, float]
 
 

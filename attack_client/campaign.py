@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -92,8 +93,15 @@ class CampaignResult:
             "rate_per_second": plan.rate,
             "seed": plan.seed,
             "command": plan.command,
-            "rows": [{**asdict(row), "interval": list(row.interval)} for row in self.rows],
+            "rows": [_plain(row) for row in self.rows],
         }
+
+
+def _plain(row: Row) -> dict[str, object]:
+    """As JSON, which has no NaN: percentiles of nothing are null."""
+    values = asdict(row)
+    missing = {key: None for key, value in values.items() if isinstance(value, float) and math.isnan(value)}
+    return {**values, "interval": list(row.interval), **missing}
 
 
 def run_campaign(plan: CampaignPlan, *, progress: Callable[[str, int, int], None]) -> CampaignResult:

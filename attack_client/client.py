@@ -60,13 +60,12 @@ def _seconds(retry_after: str | None) -> float | None:
     """``Retry-After`` in either form: seconds or a date."""
     if retry_after is None:
         return None
-    if retry_after.strip().isdigit():
+    if retry_after.strip().isdecimal():
         return float(retry_after)
     try:
-        date = email.utils.parsedate_to_datetime(retry_after)
-    except ValueError:
+        return max(0.0, email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time())
+    except (ValueError, OverflowError):
         return None
-    return max(0.0, date.timestamp() - time.time())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,9 +167,10 @@ class Client:
         deadline = time.monotonic() + timeout_seconds
         while True:
             try:
-                if self._http.get("/readyz").status_code == 200:
+                patience = max(0.05, deadline - time.monotonic())
+                if self._http.get("/readyz", timeout=patience).status_code == 200:
                     return
-            except httpx2.TransportError:
+            except httpx2.RequestError:
                 pass  # not listening yet
             if time.monotonic() >= deadline:
                 raise InputError(f"{self.url} was not ready within {timeout_seconds:g} s")
@@ -183,7 +183,7 @@ class Client:
                 response = self._http.request(
                     call.method, call.path, content=call.content, params=call.params, headers=call.headers
                 )
-            except httpx2.TransportError as error:
+            except httpx2.RequestError as error:
                 if last or not isinstance(error, _SENT_NOTHING):
                     raise _unreachable(self.url, error) from error
                 time.sleep(self._retry.wait(attempt + 1, None))
@@ -256,7 +256,7 @@ class AsyncClient:
                 response = await self._http.request(
                     call.method, call.path, content=call.content, params=call.params, headers=call.headers
                 )
-            except httpx2.TransportError as error:
+            except httpx2.RequestError as error:
                 if last or not isinstance(error, _SENT_NOTHING):
                     raise _unreachable(self.url, error) from error
                 await asyncio.sleep(self._retry.wait(attempt + 1, None))
@@ -267,7 +267,7 @@ class AsyncClient:
         raise OptionError(f"attempts={self._retry.attempts} is out of range; allowed: from 1")
 
 
-def _unreachable(url: str, error: httpx2.TransportError) -> InputError:
+def _unreachable(url: str, error: httpx2.RequestError) -> InputError:
     return InputError(
         f"{url} does not answer ({type(error).__name__}: {error or 'no details'}); is the service running?"
     )

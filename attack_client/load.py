@@ -1,7 +1,8 @@
 """Sending images at a given rate, and keeping what came of each.
 
 Open model: request ``i`` is due at ``i / rate``, whether or not the earlier ones are answered, and its latency counts
-from when it was due. A slow service therefore looks slow (a closed loop would politely wait, and hide it).
+from when it was due. A slow service therefore looks slow (a closed loop would politely wait, and hide it). At most
+``concurrency`` requests are under way; one that is due but has to wait for a place is ageing already.
 """
 
 from __future__ import annotations
@@ -46,18 +47,21 @@ async def fire(
     *,
     rate: float,
     seed: int,
+    concurrency: int = 32,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Outcome]:
     """Sends all ``shots`` at ``rate`` a second, in random order so that no kind meets a quieter machine."""
     order = list(shots)
     random.Random(seed).shuffle(order)  # noqa: S311
+    places = asyncio.Semaphore(concurrency)
     start, done = time.perf_counter(), 0
 
     async def one(number: int, shot: Shot) -> Outcome:
         nonlocal done
         due = start + number / rate
         await asyncio.sleep(max(0.0, due - time.perf_counter()))
-        outcome = await _send(client, shot, due)
+        async with places:
+            outcome = await _send(client, shot, due)
         done += 1
         progress(done, len(order))
         return outcome

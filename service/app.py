@@ -85,7 +85,9 @@ class Service:
     def require_loaded(self) -> Loaded:
         """What is served. Raises Problem 503 while there is nothing."""
         if self.engine.loaded is None:
-            raise Problem(503, self.failure or "still loading the bundle", headers={"Retry-After": "1"})
+            # What exactly is wrong names files: it is for the operator, who gets it from serve().
+            detail = "the bundle cannot be served" if self.failure else "still loading the bundle"
+            raise Problem(503, detail, headers={"Retry-After": "1"})
         return self.engine.loaded
 
     async def predict(self, request: Request, options: PredictOptions) -> PredictResponse:
@@ -119,6 +121,9 @@ class Service:
         except Problem as problem:
             self.metrics.refused(problem.status, name)
             raise
+        except Exception:
+            self.metrics.refused(500, name)
+            raise
         finally:
             self._in_flight -= 1
             self.metrics.in_flight.set(self._in_flight)
@@ -143,7 +148,10 @@ class Service:
         cancelled = threading.Event()
         watch = asyncio.create_task(_watch(request, cancelled))
         try:
-            return await self.engine.predict(defence, pixels, deadline=deadline, cancelled=cancelled)
+            async with asyncio.timeout(max(0.0, deadline - time.monotonic())):  # also while others have the engine
+                return await self.engine.predict(defence, pixels, deadline=deadline, cancelled=cancelled)
+        except TimeoutError as error:
+            raise Problem(504, "the deadline passed before there was an answer") from error
         except BudgetExceededError as error:
             detail = "the deadline passed" if error.reason == "deadline" else "the client left"
             raise Problem(504, f"{detail} before there was an answer") from error

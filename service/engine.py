@@ -25,6 +25,7 @@ from mithridate.defenses import (
     describe_defence,
     parse_defence,
 )
+from mithridate.devices import resolve_device
 from mithridate.errors import BudgetExceededError, OptionError
 from mithridate.neighbors import set_search_threads
 from mithridate.types import to_images
@@ -99,7 +100,7 @@ class Engine:
         torch.set_num_threads(threads)
         set_search_threads(threads)
         bundle = Bundle.open(settings.bundle)
-        resources = Resources.load(bundle, device=_device(settings.device), allow_factory=settings.arch)
+        resources = Resources.load(bundle, device=resolve_device(settings.device), allow_factory=settings.arch)
         offered = settings.offered if resources.classifier.has_head else _without_head(settings)
         made = {text: build_defence(text, resources) for text in offered}
         defences = {defence.name: defence for defence in made.values()}
@@ -138,18 +139,6 @@ class Engine:
         """A secret seed a request, unless the settings fix one."""
         seed = secrets.randbits(62) if self._settings.seed is None else self._settings.seed
         return torch.Generator().manual_seed(seed)
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise OptionError(
-            f"device {name!r} cannot be used here ({reason}); allowed: cpu, or cuda where there is one"
-        ) from error
-    return device
 
 
 def _without_head(settings: Settings) -> tuple[str, ...]:

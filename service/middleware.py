@@ -6,6 +6,7 @@ import logging
 import re
 import time
 import uuid
+from urllib.parse import quote
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -41,4 +42,5 @@ class RequestIdMiddleware:
             await self.app(scope, receive, send_with_id)
         finally:
             elapsed = (time.perf_counter() - started) * 1000
-            logger.info("%s %s %d %.1fms id=%s", scope["method"], scope["path"], status, elapsed, identity)
+            path = quote(scope["path"])  # decoded, it may hold line breaks
+            logger.info("%s %s %d %.1fms id=%s", scope["method"], path, status, elapsed, identity)

@@ -69,7 +69,8 @@ def install(app: FastAPI) -> None:
 
     async def on_anything(request: Request, error: Exception) -> JSONResponse:
         logger.error("request %s failed", request_id(request), exc_info=error)
-        return _response(request, 500, "the server failed to answer", {})
+        # This answer passes by the middleware that puts the id on all others.
+        return _response(request, 500, "the server failed to answer", {"X-Request-ID": request_id(request)})
 
     app.add_exception_handler(Problem, on_problem)
     app.add_exception_handler(HTTPException, on_http)

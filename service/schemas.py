@@ -14,11 +14,13 @@ class _Strict(BaseModel):
 class PredictOptions(_Strict):
     """Options of a prediction: query parameters, or fields beside ``images`` in a JSON body."""
 
-    defense: str | None = Field(None, description="One of GET /v1/defenses; the service's default unless given")
-    top_k: Annotated[int, Field(ge=1, le=1000)] = Field(1, description="How many classes to list under top")
-    explain: bool = Field(False, description="List the neighbours that moved the answer")
+    defense: Annotated[str, Field(max_length=200)] | None = Field(
+        default=None, description="One of GET /v1/defenses; the service's default unless given"
+    )
+    top_k: Annotated[int, Field(ge=1, le=1000)] = Field(default=1, description="How many classes to list under top")
+    explain: bool = Field(default=False, description="List the neighbours that moved the answer")
     deadline_ms: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="Answer within this time or with 504; at most the service's own deadline"
+        default=None, description="Answer within this time or with 504; at most the service's own deadline"
     )
 
 
@@ -57,7 +59,7 @@ class ImagePrediction(Scored):
     undefended: Scored
     suspicious: bool = Field(description="Base and defended answers differ")
     adaptation: AdaptationReport | None
-    neighbors: list[Neighbor] | None = Field(None, description="Only with explain, nearest first")
+    neighbors: list[Neighbor] | None = Field(default=None, description="Only with explain, nearest first")
 
 
 class BundleRef(BaseModel):

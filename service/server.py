@@ -73,6 +73,7 @@ def _bind(settings: Settings) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((settings.host, settings.port))
+        listener.listen()  # until then Linux lets a second server bind the same port
     except OSError as error:
         listener.close()
         raise OptionError(

@@ -14,11 +14,14 @@ from mithridate.errors import ModelError
 from mithridate.models.classifier import Classifier, build_classifier
 from mithridate.models.splitting import DEFAULT_LAYER
 
+_HEADER = "mithridate"
+
 
 def save_weights(classifier: Classifier, path: Path) -> None:
     """Writes the network's state and, in the header, what is needed to build it again."""
     state = {key: value.detach().cpu().contiguous() for key, value in classifier.network.state_dict().items()}
-    save_file(state, path, metadata=classifier.spec.metadata())
+    # One entry: safetensors writes several in random order, and the same build must give the same bytes.
+    save_file(state, path, metadata={_HEADER: json.dumps(classifier.spec.metadata(), sort_keys=True)})
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -93,8 +96,11 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         raise ModelError(f"no model file at {path}; allowed: a .safetensors file")
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
+            header = dict(file.metadata() or {})
+            if _HEADER in header:
+                header = {str(key): str(value) for key, value in json.loads(header[_HEADER]).items()}
+            return {key: file.get_tensor(key) for key in file.keys()}, header  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, AttributeError) as error:
         raise ModelError(f"{path} is not a readable safetensors file ({error}); no other format is taken") from error
 
 

@@ -1,0 +1,5 @@
+"""``python -m cli`` is ``mithridate``."""
+
+from cli.main import run
+
+run()

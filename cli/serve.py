@@ -1,0 +1,57 @@
+"""``mithridate serve``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cli import options as shared
+
+
+def serve(
+    bundle: Annotated[Path | None, typer.Argument(help="The bundle (or MITHRIDATE_BUNDLE)")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen at (default: 127.0.0.1)")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen at; 0 takes a free one (default: 8000)")] = None,
+    defense: Annotated[str | None, typer.Option(help="For requests that name none (default: rmc)")] = None,
+    offer: Annotated[
+        list[str] | None, typer.Option(help="What requests may name; repeat (default: all, with their defaults)")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file of settings")] = None,
+    arch: shared.ArchOption = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... (default: cpu)")] = None,
+    threads: shared.ThreadsOption = None,
+    max_images: Annotated[int | None, typer.Option(help="Images in one request (default: 64)")] = None,
+    queue_size: Annotated[int | None, typer.Option(help="Requests admitted at once (default: 64)")] = None,
+    deadline_ms: Annotated[float | None, typer.Option(help="Longest time for an answer (default: 30000)")] = None,
+    drain_seconds: Annotated[
+        float | None, typer.Option(help="After SIGTERM, go on serving this long, not ready (default: 0)")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="One seed for all requests; for tests only")] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error (default: info)")] = None,
+) -> None:
+    """Serve a bundle over HTTP. Every setting is also an environment variable, MITHRIDATE_ and its name."""
+    from service.server import serve as run
+    from service.settings import load_settings
+
+    shared.allow_local_code(arch)
+    run(
+        load_settings(
+            config,
+            bundle=bundle,
+            host=host,
+            port=port,
+            defense=defense,
+            offer=tuple(offer) if offer else None,
+            arch=arch,
+            device=device,
+            threads=threads,
+            max_images=max_images,
+            queue_size=queue_size,
+            deadline_ms=deadline_ms,
+            drain_seconds=drain_seconds,
+            seed=seed,
+            log_level=log_level,
+        )
+    )
