@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, select_autoescape
+from jinja2 import Environment, PackageLoader
 from numpy.typing import NDArray
 
 from attack_client.campaign import CLEAN, UNDEFENDED, CampaignResult
@@ -21,7 +21,8 @@ _STRIPS = 12
 
 def write_html(result: CampaignResult, path: Path) -> None:
     """Writes the page."""
-    environment = Environment(loader=PackageLoader("attack_client"), autoescape=select_autoescape())
+    # Labels and names come from the service under attack, which may not be a friend.
+    environment = Environment(loader=PackageLoader("attack_client"), autoescape=True)
     template = environment.get_template("report.html.jinja")
     defenses = list(dict.fromkeys(row.defense for row in result.rows))
     kinds = list(dict.fromkeys(row.kind for row in result.rows))
@@ -34,7 +35,8 @@ def write_html(result: CampaignResult, path: Path) -> None:
             kinds=kinds,
             headline=_headline(result, defenses),
             strips=[strip for crafted in result.crafted for strip in _strips(result, crafted, defenses)],
-        )
+        ),
+        encoding="utf-8",
     )
 
 

@@ -31,18 +31,18 @@ def demo(
     bundle, image = out / "bundle", out / "digit.png"
     out.mkdir(parents=True, exist_ok=True)
     note("1. build: train a small network on handwritten digits, attack its training set, index everything")
-    _mithridate("build", "--dataset", f"{_DATASET}[train]", "--epsilon", _EPSILON, "--out", str(bundle), "--resume")
+    run_command("build", "--dataset", f"{_DATASET}[train]", "--epsilon", _EPSILON, "--out", str(bundle), "--resume")
     _write_digit(image)
     if serve:
         _serve_until_interrupted(bundle, image, port)
         return
     note("2. serve it")
-    with _service(bundle, port) as url:
+    with running_service(bundle, port) as url:
         note(f"3. predict over HTTP: {url}")
         _ask(url, image)
         note("4. attack it: PGD made on the base model, sent over HTTP")
         report = _fresh(out)
-        _mithridate(
+        run_command(
             *("attack", url, "--dataset", f"{_DATASET}[test,:200]", "--bundle", str(bundle), "--epsilon", _EPSILON),
             *("--attack", "pgd20", "--defense", "rmc", "--rate", "25", "--out", str(report), "--json"),
             quiet=True,
@@ -71,7 +71,7 @@ def _show(report: Path) -> None:
     print(f"report: {report / 'report.html'}")
 
 
-def _mithridate(*arguments: str, quiet: bool = False) -> None:
+def run_command(*arguments: str, quiet: bool = False) -> None:
     """Runs a command in a process of its own. Its failure is ours."""
     stdout = subprocess.DEVNULL if quiet else None
     code = subprocess.run([sys.executable, "-m", "cli", *arguments], stdout=stdout, check=False).returncode
@@ -95,7 +95,7 @@ def _fresh(out: Path) -> Path:
 
 
 @contextmanager
-def _service(bundle: Path, port: int) -> Iterator[str]:
+def running_service(bundle: Path, port: int) -> Iterator[str]:
     """A running service, stopped at the end whatever happens; gives its address."""
     from attack_client.client import Client
     from mithridate.errors import InputError

@@ -113,7 +113,6 @@ class BuildPlan:
             "embedding_layer": self.embedding_layer,
             "attacks": list(self.attacks),
             "epsilon": str(self.epsilon),
-            "index": self.index,
             "name": self.name,
             "resize": self.resize,
             "seed": self.seed,
@@ -143,11 +142,12 @@ def build_bundle(plan: BuildPlan, *, resume: bool = False, progress: Progress = 
     Raises BuildError where it cannot start or go on, ModelError or OptionError for what does not fit.
     """
     started = time.monotonic()
-    if plan.model is not None and not plan.model.is_file():
-        _load(plan, plan.model)  # says what is wrong with it
+    _check(plan)
     needed = _estimate_bytes(plan)
     with open_workspace(plan.out, plan.fingerprint(), resume=resume, needed_bytes=needed) as workspace:
-        if not workspace.has(MANIFEST):
+        if workspace.has(MANIFEST):
+            _check_finished(plan, workspace)
+        else:
             _fill(plan, workspace, progress)
         workspace.discard(_PARTS)
         workspace.publish()
@@ -179,6 +179,21 @@ def _fill(plan: BuildPlan, workspace: Workspace, progress: Progress) -> None:
     _assemble(plan, workspace, classifier, progress)
 
 
+def _check_finished(plan: BuildPlan, workspace: Workspace) -> None:
+    """A kill just before the rename left a finished bundle: its index, which a plan may change until then, is fixed."""
+    seen = Bundle.open(workspace.path, verify=False).manifest.index
+    if seen != resolve_factory(plan.index):
+        raise BuildError(f"{workspace.path} is finished, with index {seen!r}; resume with --index {seen}")
+
+
+def _check(plan: BuildPlan) -> None:
+    """Says what is wrong with the model or the index before any work is done and anything is written."""
+    classifier = _load(plan, plan.model)
+    with torch.no_grad():
+        embedding = classifier.embed(torch.zeros(1, *plan.data.image_shape))
+    NeighborIndex.check_factory(plan.index, embedding.shape[1])
+
+
 def _model(plan: BuildPlan, workspace: Workspace, progress: Progress) -> Classifier:
     """The base model: trained or taken over once, and from then on read from the workspace."""
     training = plan.resolved_training()
@@ -193,7 +208,8 @@ def _model(plan: BuildPlan, workspace: Workspace, progress: Progress) -> Classif
     return _load(plan, workspace.path / MODEL).to(plan.device)
 
 
-def _load(plan: BuildPlan, path: Path) -> Classifier:
+def _load(plan: BuildPlan, path: Path | None) -> Classifier:
+    """The classifier with the weights in ``path``, or with fresh ones."""
     training = plan.resolved_training()
     return load_classifier(
         path,
@@ -257,7 +273,7 @@ def _manifest(
     plan: BuildPlan, workspace: Workspace, classifier: Classifier, predictions: NDArray[np.int32]
 ) -> Manifest:
     layout, spec = plan.layout, classifier.spec
-    names = [layout.shard_path(c, s) for c in range(len(layout.copies)) for s in range(layout.shards_per_copy)]
+    names = [layout.shard_path(c, s) for c, s in layout.shards]
     names += [MODEL, LABELS, PREDICTIONS, EMBEDDINGS, INDEX, *([FEATURES] if workspace.has(FEATURES) else [])]
     correct = (predictions.reshape(len(layout.copies), -1) == plan.data.labels).sum(1)
     attacks: tuple[PGD | None, ...] = (None, *plan.parsed_attacks())
@@ -300,7 +316,7 @@ def _copy_entry(attack: PGD | None, correct: int) -> CopyEntry:
 
 def _join(plan: BuildPlan, workspace: Workspace, name: str) -> NDArray[Any]:
     layout = plan.layout
-    paths = [layout.shard_path(c, s) for c in range(len(layout.copies)) for s in range(layout.shards_per_copy)]
+    paths = [layout.shard_path(c, s) for c, s in layout.shards]
     return np.concatenate([np.load(workspace.path / _part(name, path), allow_pickle=False) for path in paths])
 
 

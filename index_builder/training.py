@@ -82,7 +82,7 @@ def _fit(classifier: Classifier, data: LabelledImages, plan: TrainingPlan, progr
     plain = [p for p in network.parameters() if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": _WEIGHT_DECAY}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.SGD(groups, lr=plan.learning_rate, momentum=_MOMENTUM, nesterov=True)
-    shift = max(1, data.image_shape[1] // 8) if plan.shift is None else plan.shift
+    shift = max(1, data.image_shape[1] // 16) if plan.shift is None else plan.shift
     epochs, steps = plan.resolved_epochs(len(data)), 0
     batches = max(1, len(data) // plan.batch_size)
     for _ in range(epochs):

@@ -61,7 +61,10 @@ class Workspace:
     def write_array(self, name: str, array: NDArray[Any]) -> None:
         """A ``.npy`` file."""
         with self.writing(name) as path, path.open("wb") as file:
-            np.save(file, array, allow_pickle=False)
+            # The bytes that np.save writes; but np.save does not notice where the last of them do not fit.
+            array = np.ascontiguousarray(array)
+            np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+            file.write(array.data)
 
     def write_bytes(self, name: str, content: bytes) -> None:
         """A file of exactly these bytes."""
@@ -118,9 +121,16 @@ def open_workspace(out: Path, plan: dict[str, Any], *, resume: bool, needed_byte
         yield workspace
     finally:
         if locked:
-            with suppress(OSError):
-                path.rmdir()  # succeeds only where it is still empty
+            _discard_if_nothing_was_made(path)
         os.close(handle)  # gives the lock back
+
+
+def _discard_if_nothing_was_made(path: Path) -> None:
+    """So that a command that was refused at once can be given again, corrected."""
+    with suppress(OSError):  # it may have become the bundle
+        if [file.name for file in path.iterdir()] == [_PLAN]:
+            (path / _PLAN).unlink()
+        path.rmdir()  # succeeds only where it is empty
 
 
 def _lock(handle: int, path: Path, out: Path) -> None:

@@ -162,7 +162,7 @@ class Bundle:
     @cached_property
     def embeddings(self) -> NDArray[np.float32]:
         """float32 ``[E, D]``, memory-mapped: what the index was made from."""
-        return self._array(EMBEDDINGS, len(self.manifest.layout), np.float32)
+        return self._array(EMBEDDINGS, np.float32, len(self.manifest.layout), None)
 
     def index(self) -> NeighborIndex:
         """The neighbour index."""
@@ -172,25 +172,35 @@ class Bundle:
         """The exemplars' pixels, labels and head features."""
         layout = self.manifest.layout
         has_features = FEATURES in self.manifest.files
-        labels = self._array(LABELS, layout.sources, np.int64)
+        labels = self._array(LABELS, np.int64, layout.sources)
         if labels.min() < 0 or labels.max() >= len(self.manifest.classes):
             raise BundleError(f"{LABELS} holds labels outside 0..{len(self.manifest.classes) - 1}")
         return ExemplarStore(
-            self.path,
             layout,
+            shards=[self._shard(copy, shard) for copy, shard in layout.shards],
             labels=labels,
-            features=self._array(FEATURES, len(layout), np.float32) if has_features else self.embeddings,
-            predictions=self._array(PREDICTIONS, len(layout), np.int32),
+            features=self._array(FEATURES, np.float32, len(layout), None) if has_features else self.embeddings,
+            predictions=self._array(PREDICTIONS, np.int32, len(layout)),
         )
 
-    def _array(self, name: str, rows: int, dtype: type) -> NDArray[Any]:
+    def _shard(self, copy: int, shard: int) -> NDArray[np.uint8]:
+        layout = self.manifest.layout
+        rows = layout.rows(shard)
+        return self._array(layout.shard_path(copy, shard), np.uint8, rows.stop - rows.start, *self.manifest.image_shape)
+
+    def _array(self, name: str, dtype: type, *shape: int | None) -> NDArray[Any]:
+        """A memory-mapped ``.npy`` file of the bundle; None in ``shape`` allows any length."""
         try:
             # Copy-on-write: torch wants writable memory, and the file must never change.
             array: NDArray[Any] = np.load(self.path / name, mmap_mode="c", allow_pickle=False)
         except (OSError, ValueError) as error:
             raise BundleError(f"bundle {self.path}: {name} is not a readable array ({error})") from error
-        if array.dtype != dtype or len(array) != rows:
-            raise BundleError(f"bundle {self.path}: {name} is {array.dtype} x {len(array)}, wanted {dtype} x {rows}")
+        if not isinstance(array, np.ndarray):
+            raise BundleError(f"bundle {self.path}: {name} is not a readable array (several in an archive)")
+        fits = len(array.shape) == len(shape) and all(w in (None, s) for s, w in zip(array.shape, shape, strict=True))
+        if array.dtype != dtype or not fits:
+            seen, wanted = f"{array.dtype} {list(array.shape)}", f"{np.dtype(dtype)} {list(shape)}"
+            raise BundleError(f"bundle {self.path}: {name} is {seen}, wanted {wanted}")
         if array.dtype.kind == "f" and not all(np.isfinite(part).all() for part in _parts(array)):
             raise BundleError(f"bundle {self.path}: {name} holds NaN or infinite numbers")
         return array
@@ -216,7 +226,7 @@ def _read_manifest(path: Path) -> tuple[Manifest, str]:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise BundleError(f"{file} is not a valid manifest: {where}: {first['msg']}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BundleError(f"{file} is not JSON ({error})") from error
     required = {MODEL, LABELS, PREDICTIONS, EMBEDDINGS, INDEX, *_shard_names(manifest.layout)}
     unlisted = sorted(required - set(manifest.files))
@@ -227,8 +237,7 @@ def _read_manifest(path: Path) -> tuple[Manifest, str]:
 
 
 def _shard_names(layout: Layout) -> set[str]:
-    shards = range(layout.shards_per_copy)
-    return {layout.shard_path(copy, shard) for copy in range(len(layout.copies)) for shard in shards}
+    return {layout.shard_path(copy, shard) for copy, shard in layout.shards}
 
 
 def sha256_of(path: Path) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -29,6 +28,11 @@ class Layout:
         return self.sources * len(self.copies)
 
     @property
+    def shards(self) -> tuple[tuple[int, int], ...]:
+        """All (copy, shard) numbers, in the order of the exemplars."""
+        return tuple((copy, shard) for copy in range(len(self.copies)) for shard in range(self.shards_per_copy))
+
+    @property
     def shards_per_copy(self) -> int:
         return -(-self.sources // self.shard_size)
 
@@ -44,15 +48,15 @@ class Layout:
 class ExemplarStore:
     """Reads exemplars from an opened bundle. Nothing is copied but the rows that are asked for.
 
-    ``labels`` int64 ``[E]`` (true labels), ``features`` float32 ``[E, D]`` (inputs of the head),
-    ``predictions`` int32 ``[E]`` (what the base model says about each).
+    ``shards`` uint8 ``[rows, C, H, W]`` in the order of the layout, ``labels`` int64 ``[sources]`` (true labels),
+    ``features`` float32 ``[E, D]`` (inputs of the head), ``predictions`` int32 ``[E]`` (what the base model says).
     """
 
     def __init__(
         self,
-        root: Path,
         layout: Layout,
         *,
+        shards: Sequence[NDArray[np.uint8]],
         labels: NDArray[np.int64],
         features: NDArray[np.float32],
         predictions: NDArray[np.int32],
@@ -61,11 +65,7 @@ class ExemplarStore:
         self.labels = torch.from_numpy(np.tile(labels, len(layout.copies)))
         self.features = torch.from_numpy(features)
         self.predictions = torch.from_numpy(predictions)
-        self._shards: Sequence[NDArray[np.uint8]] = [
-            np.load(root / layout.shard_path(copy, shard), mmap_mode="r", allow_pickle=False)
-            for copy in range(len(layout.copies))
-            for shard in range(layout.shards_per_copy)
-        ]
+        self._shards = shards
 
     def __len__(self) -> int:
         return len(self.layout)

@@ -63,6 +63,16 @@ class NeighborIndex:
             raise OptionError(f"FAISS refuses the index {factory!r} for {embeddings.shape}: {reason}") from error
         return cls(index, embeddings)
 
+    @staticmethod
+    def check_factory(factory: str, dimension: int) -> None:
+        """Raises OptionError for a factory string that FAISS refuses."""
+        try:
+            faiss.index_factory(dimension, resolve_factory(factory), faiss.METRIC_L2)
+        except RuntimeError as error:
+            raise OptionError(
+                f"FAISS does not know the index {factory!r}; allowed: auto, Flat, IVF64,Flat ..."
+            ) from error
+
     @classmethod
     def read(cls, path: Path, embeddings: NDArray[np.float32]) -> NeighborIndex:
         """Reads an index whose digest has been checked. Raises BundleError where it does not fit the embeddings."""
@@ -72,8 +82,10 @@ class NeighborIndex:
             raise BundleError(f"{path} is not a FAISS index") from error
 
     def write(self, path: Path) -> None:
-        """Writes the index file."""
-        faiss.write_index(self._index, str(path))
+        """Writes the index file. Raises OSError where the disk refuses."""
+        # Not by FAISS itself: an error in its last buffer goes to stderr, and the file is short.
+        with path.open("wb") as file:
+            faiss.write_index(self._index, faiss.PyCallbackIOWriter(file.write))
 
     def embeddings(self, ids: torch.Tensor) -> Embeddings:
         """float32 ``[..., D]`` of the exemplars ``ids`` ``[...]``."""
@@ -88,19 +100,36 @@ class NeighborIndex:
         k = min(k, available)
         candidates = min(available, k + max(8, k // 16))
         points = np.ascontiguousarray(queries.detach().cpu().numpy(), dtype=np.float32)
-        parameters = self._restricted(among_first) if among_first is not None and among_first < len(self) else None
-        _, found = self._index.search(points, candidates, params=parameters)
+        found = self._propose(points, candidates, among_first=available)
         return self._exact(torch.from_numpy(points), torch.from_numpy(found), k)
+
+    def _propose(self, points: NDArray[np.float32], count: int, *, among_first: int) -> NDArray[np.int64]:
+        """Ids int64 ``[B, count]`` in no particular order; -1 where an approximate index found fewer."""
+        allowed = self._embeddings[:among_first].numpy()
+        restricted = among_first < len(self)
+        found: NDArray[np.int64]
+        try:
+            _, found = self._index.search(points, count, params=self._restricted(among_first) if restricted else None)
+        except RuntimeError:
+            if not restricted:
+                raise
+            _, found = faiss.knn(points, allowed, count)  # PQ, LSH and others cannot search a part of themselves
+        lost = (found < 0).all(axis=1)  # no cell that was looked into holds anything of what is allowed
+        if lost.any():
+            _, found[lost] = faiss.knn(points[lost], allowed, count)
+        return found
 
     def _exact(self, queries: torch.Tensor, found: torch.Tensor, k: int) -> Neighbors:
         found = found.sort(dim=1).values  # by id, so that the stable sort below breaks ties by id
         offsets = self._embeddings[found.clamp_min(0)].double() - queries.double()[:, None]  # [B, candidates, D]
         distances = offsets.square_().sum(-1).masked_fill_(found < 0, torch.inf)  # -1: an approximate index found fewer
         distances, order = distances.sort(dim=1, stable=True)
-        ids = found.gather(1, order)[:, :k]
-        if (ids < 0).any():
-            ids = torch.where(ids < 0, ids[:, :1], ids)  # repeat the nearest rather than invent a neighbour
-        return Neighbors(ids=ids, distances=distances[:, :k])
+        ids, distances = found.gather(1, order)[:, :k], distances[:, :k]
+        missing = ids < 0
+        if missing.any():  # repeat the nearest rather than invent a neighbour
+            ids = torch.where(missing, ids[:, :1], ids)
+            distances = torch.where(missing, distances[:, :1], distances)
+        return Neighbors(ids=ids, distances=distances)
 
     def _restricted(self, stop: int) -> Any:
         selector = faiss.IDSelectorRange(0, stop)

@@ -53,7 +53,7 @@ class Epsilon:
     @classmethod
     def parse(cls, text: str) -> Epsilon:
         """Reads ``k/255``. Raises OptionError for anything else."""
-        match = re.fullmatch(r"\s*(\d{1,3})\s*/\s*255\s*", text)
+        match = re.fullmatch(r"\s*([0-9]{1,3})\s*/\s*255\s*", text)
         if match is None:
             raise OptionError(f"epsilon {text!r} is not a whole number of levels; write it as k/255, as in 8/255")
         return cls(int(match.group(1)))

@@ -26,7 +26,7 @@ from mithridate.defenses import (
     parse_defence,
 )
 from mithridate.devices import resolve_device
-from mithridate.errors import BudgetExceededError, OptionError
+from mithridate.errors import BudgetExceededError, ModelError, OptionError
 from mithridate.neighbors import set_search_threads
 from mithridate.types import to_images
 from service.settings import Settings
@@ -48,10 +48,16 @@ class Loaded:
         """The defence a request names, or the default. Raises OptionError where it is not offered."""
         if text is None:
             return self.defences[self.default]
-        found = self.defences.get(text) or self.defences.get(parse_defence(text)(self.resources).name)
+        found = self.defences.get(text) or self.defences.get(self._canonical(text))
         if found is None:
             raise OptionError(f"defence {text!r} is not offered here; allowed: {', '.join(self.defences)}")
         return found
+
+    def _canonical(self, text: str) -> str:
+        try:
+            return parse_defence(text)(self.resources).name
+        except ModelError:  # it needs a head, and this network has none
+            return text
 
 
 @dataclass(frozen=True, kw_only=True)

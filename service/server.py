@@ -10,6 +10,7 @@ from types import FrameType
 
 import uvicorn
 
+from mithridate.bundle import Bundle
 from mithridate.errors import OptionError
 from service.app import Service, create_app
 from service.settings import Settings
@@ -22,6 +23,7 @@ def serve(settings: Settings) -> None:
     if settings.log_level not in LOG_LEVELS:
         raise OptionError(f"log level {settings.log_level!r} is unknown; allowed: {', '.join(LOG_LEVELS)}")
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    Bundle.open(settings.bundle, verify=False)  # a wrong path is said before anything is started
     listener = _bind(settings)
     app = create_app(settings)
     service: Service = app.state.service
@@ -69,7 +71,9 @@ class _DrainingServer(uvicorn.Server):
 
 def _bind(settings: Settings) -> socket.socket:
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    # The protocol must be named: asyncio sends small packets at once (TCP_NODELAY) only where it is, and without that
+    # every answer on a kept-alive connection waits 40 ms for the client's delayed acknowledgement.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((settings.host, settings.port))

@@ -40,8 +40,8 @@ class PGD:
 
     @property
     def name(self) -> str:
-        """``pgd10`` and the like."""
-        return f"pgd{self.steps}"
+        """``fgsm``, or ``pgd10`` and the like: what ``parse_attack`` reads."""
+        return "fgsm" if self.steps == 1 and not self.random_start else f"pgd{self.steps}"
 
     def run(self, forward: Forward, pixels: Pixels, labels: Labels, *, generator: torch.Generator) -> Pixels:
         """Raises the cross-entropy of ``labels`` ``[N]`` for uint8 ``pixels`` ``[N, C, H, W]``; gives uint8 back.
@@ -50,14 +50,15 @@ class PGD:
         ``generator`` (on the CPU) draws the start.
         """
         clean = to_images(pixels)
-        best_pixels, best_rank = pixels.clone(), torch.full((len(pixels),), -torch.inf, device=pixels.device)
+        best_pixels = pixels.clone()
+        best_rank = torch.full((len(pixels),), -torch.inf, dtype=torch.float64, device=pixels.device)
         delta = self._start(clean, generator)
         for step in range(self.steps + 1):
             point = to_images(to_pixels(clean + delta)).requires_grad_(step < self.steps)
             with torch.set_grad_enabled(step < self.steps):
                 logits = forward(point)
                 losses = F.cross_entropy(logits, labels, reduction="none")  # [N]
-            rank = losses.detach() + 1e6 * (logits.detach().argmax(1) != labels)
+            rank = losses.detach().double() + 1e6 * (logits.detach().argmax(1) != labels)
             better = rank > best_rank
             best_rank = torch.where(better, rank, best_rank)
             best_pixels[better] = to_pixels(point.detach()[better])
@@ -86,12 +87,10 @@ def parse_attack(name: str, *, epsilon: Epsilon) -> PGD:
     """
     if name == "fgsm":
         return PGD(epsilon=epsilon, steps=1, step_size=epsilon.value, random_start=False)
-    match = re.fullmatch(r"pgd(\d{1,5})", name)
+    match = re.fullmatch(r"pgd([1-9][0-9]{0,4})", name)
     steps = int(match.group(1)) if match else 0
     if not 1 <= steps <= _MAX_STEPS:
-        raise OptionError(
-            f"unknown attack {name!r}; allowed: fgsm, or pgdN with N from 1 to {_MAX_STEPS}, as in pgd20"
-        )
+        raise OptionError(f"unknown attack {name!r}; allowed: fgsm, or pgdN with N from 1 to {_MAX_STEPS}, as in pgd20")
     if steps in _PUBLISHED_STEPS:
         return PGD(
             epsilon=epsilon,

@@ -11,7 +11,7 @@ from typing import Literal, Protocol, runtime_checkable
 import torch
 
 from mithridate.bundle import Bundle
-from mithridate.errors import BudgetExceededError
+from mithridate.errors import BudgetExceededError, BundleError
 from mithridate.exemplars import ExemplarStore
 from mithridate.models import Classifier
 from mithridate.neighbors import NeighborIndex, Neighbors
@@ -31,9 +31,20 @@ class Resources:
 
     @classmethod
     def load(cls, bundle: Bundle, *, device: str | torch.device = "cpu", allow_factory: str | None = None) -> Resources:
-        """Loads the base model to ``device`` and maps the exemplars."""
-        classifier = bundle.classifier(allow_factory=allow_factory).to(device)
-        return cls(classifier=classifier, index=bundle.index(), exemplars=bundle.exemplars())
+        """Loads the base model to ``device`` and maps the exemplars. Raises BundleError where they do not fit."""
+        classifier = bundle.classifier(allow_factory=allow_factory)
+        index, exemplars = bundle.index(), bundle.exemplars()
+        with torch.no_grad():
+            embedding, head_input = classifier.features(torch.zeros(1, *classifier.spec.image_shape))
+        widths = [("embeddings", bundle.embeddings.shape[1], embedding.shape[1])]
+        if classifier.has_head:
+            widths.append(("features", exemplars.features.shape[1], head_input.shape[1]))
+        for what, stored, computed in widths:
+            if stored != computed:
+                raise BundleError(
+                    f"bundle {bundle.path}: its {what} are {stored} numbers wide, the model's are {computed}"
+                )
+        return cls(classifier=classifier.to(device), index=index, exemplars=exemplars)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -54,7 +54,7 @@ class HeadFit:
 
     def logits(self, head_input: torch.Tensor) -> Logits:
         """``[B, D]``, one row a head, to logits ``[B, C]``; differentiable in ``head_input``."""
-        return torch.einsum("bcd,bd->bc", self.weight, _with_one(head_input.double()))
+        return torch.einsum("bcd,bd->bc", self.weight, F.pad(head_input.double(), (0, 1), value=1.0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,9 +118,11 @@ def fit_heads(
     ``features`` ``[B, K, D]``, ``labels`` int64 ``[B, K]``. The arithmetic is float64: what another batch size changes
     in the rounding then stays far below any score a client sees.
     """
-    inputs = _with_one(features.double())  # [B, K, D + 1]
+    bias = head.weight.new_zeros(head.out_features) if head.bias is None else head.bias
+    one = 0.0 if head.bias is None else 1.0  # the bias is one more weight; with an input of 0 it stays where it is
+    inputs = F.pad(features.double(), (0, 1), value=one)  # [B, K, D + 1]
     targets = F.one_hot(labels, head.out_features).double()  # [B, K, C]
-    start = torch.cat([head.weight, head.bias[:, None]], 1).double() if head.bias is not None else _unbiased(head)
+    start = torch.cat([head.weight, bias[:, None]], 1).double()
     weight = start.expand(len(features), -1, -1).clone()  # [B, C, D + 1]
     rows = torch.arange(len(features), device=features.device)  # which image each remaining row belongs to
     result, steps, reasons = weight.clone(), [0] * len(rows), _unfinished(len(rows))
@@ -157,12 +159,3 @@ def fit_heads(
 
 def _unfinished(count: int) -> list[StopReason]:
     return ["max_steps"] * count
-
-
-def _with_one(features: torch.Tensor) -> torch.Tensor:
-    """Appends a constant 1, so that the bias is one more weight."""
-    return torch.cat([features, features.new_ones(*features.shape[:-1], 1)], -1)
-
-
-def _unbiased(head: torch.nn.Linear) -> torch.Tensor:
-    return F.pad(head.weight.double(), (0, 1))

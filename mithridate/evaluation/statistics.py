@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import NamedTuple
 
 _Z95 = 1.959963984540054
@@ -41,4 +42,5 @@ def percentile(values: Sequence[float], share: float) -> float:
         raise ValueError(f"share {share} is not in (0, 1]")
     if not values:
         return math.nan
-    return sorted(values)[math.ceil(share * len(values)) - 1]
+    rank = math.ceil(Fraction(str(share)) * len(values))  # 0.07 means 7 of 100; as a double it is a little more
+    return sorted(values)[rank - 1]

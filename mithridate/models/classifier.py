@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import threading
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Self
 
 import torch
 from torch import nn
@@ -16,6 +19,10 @@ from mithridate.types import Embeddings, Images, Logits
 
 _CANONICAL_BATCH_LIMIT = 9
 """Above this many rows of padding, bitwise batch independence on the CPU costs more than it is worth."""
+
+
+_BUILDING = threading.RLock()
+"""torch.fx traces by patching ``nn.Module`` for the whole process: two threads must not build at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +57,9 @@ class Classifier(nn.Module):
         self.network = network.eval()
         self.register_buffer("mean", torch.tensor(spec.mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(spec.std).view(1, -1, 1, 1), persistent=False)
-        split = split_network(network, layer=spec.embedding_layer)
+        with torch.no_grad():
+            example = self.normalise(torch.zeros(2, *spec.image_shape))
+            split = split_network(network, layer=spec.embedding_layer, example=example)
         self._trunk = (split.trunk,)  # in a tuple: its parameters are the network's, and counted there
         self._head = (split.head,)
         self.requires_grad_(False)
@@ -74,6 +83,12 @@ class Classifier(nn.Module):
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.mean.device
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        """To another device, the trunk too: what its graph reads directly (a buffer, a token) it holds itself."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._trunk[0]._apply(fn, recurse)
+        return self
 
     def normalise(self, images: Images) -> torch.Tensor:
         """Repeats a grey channel where the network wants colour; subtracts the mean, divides by the deviation."""
@@ -134,9 +149,10 @@ def build_classifier(
 ) -> Classifier:
     """A classifier with fresh weights; normalisation as the architecture has it unless given.
 
-    Raises ModelError where the architecture is unknown or cannot take images of this shape.
+    Raises ModelError where the architecture is unknown or cannot take images of this shape. While this runs, no other
+    thread may run a network: see ``_BUILDING``.
     """
-    built = build_network(arch, num_classes=num_classes, channels=image_shape[0])
+    built = build_network(arch, num_classes=num_classes, image_shape=image_shape)
     mean, std = mean or built.mean, std or built.std
     if image_shape[0] not in (1, built.in_channels) or len(mean) != built.in_channels or len(std) != built.in_channels:
         raise ModelError(
@@ -151,24 +167,25 @@ def build_classifier(
         std=std,
         embedding_layer=embedding_layer,
     )
-    classifier = Classifier(built.network, spec)
-    _probe(classifier)
-    return classifier
+    return _probed(built.network, spec)
 
 
-def _probe(classifier: Classifier) -> None:
-    """One forward pass, to say early and in one line that shapes do not fit."""
-    spec = classifier.spec
+def _probed(network: nn.Module, spec: ModelSpec) -> Classifier:
+    """Wraps the network and runs it once, to say early and in one line that shapes do not fit."""
     try:
-        with torch.no_grad():
-            logits = classifier(torch.zeros(2, *spec.image_shape))
+        with _BUILDING, torch.no_grad():
+            classifier = Classifier(network, spec)
+            logits: object = classifier(torch.zeros(2, *spec.image_shape))
             classifier.features(torch.zeros(2, *spec.image_shape))
     except ModelError:
         raise
     except Exception as error:  # shape errors surface as many types
         shape = "x".join(map(str, spec.image_shape))
         raise ModelError(f"{spec.arch} cannot take {shape} images: {str(error).splitlines()[0]}") from error
+    if not isinstance(logits, torch.Tensor):
+        raise ModelError(f"{spec.arch} returns a {type(logits).__name__}; it must return one tensor of logits")
     if logits.shape != (2, spec.num_classes):
         raise ModelError(
             f"{spec.arch} gives {tuple(logits.shape[1:])} logits an image; the data has {spec.num_classes} classes"
         )
+    return classifier

@@ -30,15 +30,16 @@ class Architecture:
     std: tuple[float, ...]
 
 
-def build_network(arch: str, *, num_classes: int, channels: int) -> Architecture:
-    """Builds ``arch`` for images of ``channels`` channels and ``num_classes`` classes.
+def build_network(arch: str, *, num_classes: int, image_shape: tuple[int, int, int]) -> Architecture:
+    """Builds ``arch`` for images of ``image_shape`` (C, H, W) and ``num_classes`` classes.
 
     Raises ModelError for an unknown name, or a factory that cannot be imported or called.
     """
-    if ":" in arch:
+    channels, side = image_shape[0], min(image_shape[1:])
+    if is_factory(arch):
         return _from_factory(arch, num_classes=num_classes, channels=channels)
     if arch == "small-cnn":
-        network: nn.Module = SmallCNN(num_classes=num_classes, in_channels=channels)
+        network: nn.Module = SmallCNN(num_classes=num_classes, in_channels=channels, side=side)
         return Architecture(network=network, in_channels=channels, mean=(0.5,) * channels, std=(0.5,) * channels)
     if arch in BLOCKS_PER_STAGE:
         network = CifarResNet(BLOCKS_PER_STAGE[arch], num_classes=num_classes)

@@ -7,7 +7,6 @@ the same values, but the whole network runs.
 
 from __future__ import annotations
 
-import operator
 import threading
 import warnings
 from dataclasses import dataclass
@@ -34,18 +33,17 @@ class Split:
     layer: str
 
 
-def split_network(network: nn.Module, *, layer: str = DEFAULT_LAYER) -> Split:
+def split_network(network: nn.Module, *, example: torch.Tensor, layer: str = DEFAULT_LAYER) -> Split:
     """Cuts ``network`` (in evaluation mode) at ``layer``; ``auto`` is what feeds the last linear layer.
 
     ``layer`` is a module (``layer3``, ``features.4``) or any node that torchvision's ``get_graph_node_names`` lists.
-    The parts share their parameters with ``network``. Raises ModelError for a layer that is not there.
+    ``example``, a normalised batch, is run where the network cannot be traced. The parts share their parameters with
+    ``network``. Raises ModelError for a layer that is not there.
     """
     try:
         graph_module = _trace(network)
-    except (
-        Exception
-    ):  # tracing runs the network symbolically: anything may come out of a network that does not allow it
-        return _split_with_hooks(network, layer)
+    except Exception:  # tracing runs the network symbolically: anything may come out where that is not possible
+        return _split_with_hooks(network, layer, example)
     output = _output_node(graph_module.graph)
     linear = _last_linear(graph_module, output)
     head_input = linear.args[0] if linear is not None else None
@@ -114,7 +112,9 @@ def _node_named(network: nn.Module, graph: fx.Graph, layer: str) -> fx.Node:
         name = _output_node(_extractor(network, layer).graph).name
     except (ValueError, AttributeError, KeyError) as error:
         raise ModelError(f"the network has no layer {layer!r}; its parts are {_children(network)}") from error
-    found: fx.Node = next(node for node in graph.nodes if node.name == name)
+    found: fx.Node | None = next((node for node in graph.nodes if node.name == name), None)
+    if found is None:
+        raise ModelError(f"nothing of the layer {layer!r} reaches the logits; the parts are {_children(network)}")
     return found
 
 
@@ -155,16 +155,20 @@ class _HookTrunk(nn.Module):
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         network, embedding, head = self._parts
         seen: dict[str, torch.Tensor] = {}
+        thread = threading.get_ident()
+
+        def keep(name: str, value: torch.Tensor) -> None:
+            if threading.get_ident() == thread:  # other requests may run the same layers just now
+                seen[name] = value
+
         with self._lock:
             handles = [
-                embedding.register_forward_pre_hook(lambda _, args: operator.setitem(seen, "embedding", args[0]))
+                embedding.register_forward_pre_hook(lambda _, args: keep("embedding", args[0]))
                 if self._before
-                else embedding.register_forward_hook(lambda _, __, out: operator.setitem(seen, "embedding", out))
+                else embedding.register_forward_hook(lambda _, __, out: keep("embedding", out))
             ]
             if head is not None:
-                handles.append(
-                    head.register_forward_pre_hook(lambda _, args: operator.setitem(seen, "head_input", args[0]))
-                )
+                handles.append(head.register_forward_pre_hook(lambda _, args: keep("head_input", args[0])))
             try:
                 network(images)
             finally:
@@ -173,14 +177,29 @@ class _HookTrunk(nn.Module):
         return seen["embedding"], seen.get("head_input", seen["embedding"])
 
 
-def _split_with_hooks(network: nn.Module, layer: str) -> Split:
-    linears = [module for module in network.modules() if isinstance(module, nn.Linear)]
-    head = linears[-1] if linears else None
+def _split_with_hooks(network: nn.Module, layer: str, example: torch.Tensor) -> Split:
+    last, head = _last_linear_run(network, example)
     if layer == DEFAULT_LAYER:
-        if head is None:
+        if last is None:
             raise ModelError("the network cannot be traced and has no linear layer; name a module as embedding layer")
-        return Split(trunk=_HookTrunk(network, head, head, before=True), head=head, layer=layer)
+        return Split(trunk=_HookTrunk(network, last, head, before=True), head=head, layer=layer)
     modules = dict(network.named_modules())
     if layer not in modules:
         raise ModelError(f"the network has no layer {layer!r}; its parts are {_children(network)}")
     return Split(trunk=_HookTrunk(network, modules[layer], head, before=False), head=head, layer=layer)
+
+
+def _last_linear_run(network: nn.Module, example: torch.Tensor) -> tuple[nn.Linear | None, nn.Linear | None]:
+    """The linear layer that runs last, and the same again where its output is what the network returns, else None."""
+    seen: list[tuple[nn.Linear, torch.Tensor]] = []
+    linears = [module for module in network.modules() if isinstance(module, nn.Linear)]
+    handles = [layer.register_forward_hook(lambda layer, _, out: seen.append((layer, out))) for layer in linears]
+    try:
+        answer = network(example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not seen:
+        return None, None
+    last, output = seen[-1]
+    return last, last if output is answer else None

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
 from mithridate.errors import ModelError
@@ -18,10 +18,15 @@ _HEADER = "mithridate"
 
 
 def save_weights(classifier: Classifier, path: Path) -> None:
-    """Writes the network's state and, in the header, what is needed to build it again."""
-    state = {key: value.detach().cpu().contiguous() for key, value in classifier.network.state_dict().items()}
-    # One entry: safetensors writes several in random order, and the same build must give the same bytes.
-    save_file(state, path, metadata={_HEADER: json.dumps(classifier.spec.metadata(), sort_keys=True)})
+    """Writes the network's state and, in the header, what is needed to build it again.
+
+    Raises OSError where the disk refuses.
+    """
+    state = {key: value.detach().cpu().contiguous().clone() for key, value in classifier.network.state_dict().items()}
+    # Cloned, since safetensors refuses tensors that share memory. One entry in the header, since it writes several in
+    # random order, and the same build must give the same bytes.
+    header = {_HEADER: json.dumps(classifier.spec.metadata(), sort_keys=True)}
+    path.write_bytes(save(state, metadata=header))  # save_file would make a file that only its owner can read
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -66,13 +71,18 @@ def load_classifier(
     arch = arch or metadata.get("arch")
     if arch is None:
         raise ModelError(f"{path} does not name its architecture; give it with --arch (small-cnn, resnet20, ...)")
-    _check_against_header(metadata, path, num_classes=num_classes, image_shape=image_shape)
+    try:
+        _check_against_header(metadata, path, num_classes=num_classes, image_shape=image_shape)
+        mean = mean or _numbers(metadata, "mean", "normalize_mean")
+        std = std or _numbers(metadata, "std", "normalize_std")
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"the header of {path} is not readable ({error})") from error
     classifier = build_classifier(
         arch,
         num_classes=num_classes,
         image_shape=image_shape,
-        mean=mean or _numbers(metadata, "mean", "normalize_mean"),
-        std=std or _numbers(metadata, "std", "normalize_std"),
+        mean=mean,
+        std=std,
         embedding_layer=embedding_layer,
     )
     if path:

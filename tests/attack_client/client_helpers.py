@@ -1,0 +1,103 @@
+"""Services to attack: any ASGI application at a port of this machine, and small ones that misbehave on purpose."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import socket
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import uvicorn
+
+Application = Callable[[Any, Any, Any], Awaitable[None]]
+DIGITS = tuple("0123456789")
+
+
+@contextmanager
+def listening(app: Application, *, lifespan: Any = "off") -> Iterator[str]:
+    """Serves ``app`` in a thread; yields its address."""
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener.bind(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan=lifespan))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join()
+        listener.close()
+
+
+def closed_port() -> int:
+    """A port where nobody listens."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+    return port
+
+
+def answer(label: str = "0", class_index: int = 0, **more: Any) -> dict[str, Any]:
+    """What ``POST /v1/predict`` answers for one image."""
+    scored = {"label": label, "class_index": class_index, "confidence": 0.9}
+    image = {**scored, "top": [scored], "undefended": scored, "suspicious": False, "adaptation": None}
+    bundle = {"name": "fake", "digest": "sha256:0"}
+    return {"id": "1", "bundle": bundle, "defense": "none", "predictions": [image], "timings_ms": {"total": 20}, **more}
+
+
+class FakeService:
+    """Speaks the API without a model. It says of every image that it is ``label``, after ``seconds`` of work, one
+    request at a time; every ``fails_every``-th request gets a 500 instead."""
+
+    def __init__(
+        self,
+        *,
+        label: str = "0",
+        seconds: float = 0,
+        fails_every: int = 0,
+        defenses: tuple[str, ...] = ("none", "rmc"),
+        arch: str = "fake",
+    ) -> None:
+        self._label = label
+        self._seconds = seconds
+        self._fails_every = fails_every
+        self._described = {
+            "/readyz": {"status": "ready"},
+            "/v1/bundle": {
+                "name": "fake",
+                "digest": "sha256:0",
+                "classes": DIGITS,
+                "image_shape": [1, 8, 8],
+                "arch": arch,
+            },
+            "/v1/defenses": {
+                "default": defenses[-1],
+                "defenses": [{"name": name, "description": "-"} for name in defenses],
+            },
+        }
+        self._numbers = itertools.count(1)
+        self._work = asyncio.Lock()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        while (await receive()).get("more_body"):
+            pass
+        status, content = 200, self._described.get(scope["path"])
+        if content is None:
+            async with self._work:
+                await asyncio.sleep(self._seconds)
+            if self._fails_every and next(self._numbers) % self._fails_every == 0:
+                status, content = 500, {"detail": "a bad day", "request_id": "r"}
+            else:
+                content = answer(self._label)
+        headers = [(b"content-type", b"application/json")]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": json.dumps(content).encode()})

@@ -1,0 +1,127 @@
+"""What the tests of the service share: image files, the three body forms, and what a problem must look like."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+import httpx2
+from PIL import Image
+from starlette.testclient import TestClient
+
+ROOT = Path(__file__).resolve().parents[2]
+Serving = Callable[..., AbstractContextManager[TestClient]]
+SLOW = "rmc:scope=all,epochs=1000,patience=1000"
+"""A defence that takes a minute on any machine, and looks at its budget every few milliseconds."""
+
+QUICK_ALL = "rmc:scope=all,neighbors=64,learning_rate=0.001,epochs=2,batch_size=16"
+"""Fine-tunes all weights, visibly and in random order, in a few hundredths of a second."""
+
+_SERVE = """
+import json, sys
+from service.server import serve
+from service.settings import load_settings
+serve(load_settings(**json.loads(sys.argv[1])))
+"""
+
+
+def save(image: Image.Image, kind: str, **options: Any) -> bytes:
+    out = io.BytesIO()
+    image.save(out, format=kind, **options)
+    return out.getvalue()
+
+
+def post(client: httpx2.Client, content: bytes, *, media_type: str = "image/png", **params: Any) -> httpx2.Response:
+    return client.post("/v1/predict", content=content, headers={"Content-Type": media_type}, params=params)
+
+
+def post_json(client: httpx2.Client, files: Sequence[bytes], **fields: Any) -> httpx2.Response:
+    return client.post("/v1/predict", json={"images": [base64.b64encode(data).decode() for data in files], **fields})
+
+
+def post_multipart(client: httpx2.Client, files: Sequence[bytes], **params: Any) -> httpx2.Response:
+    parts = [("images", (f"{number}.png", data, "image/png")) for number, data in enumerate(files)]
+    return client.post("/v1/predict", files=parts, params=params)
+
+
+def predictions(response: httpx2.Response) -> list[dict[str, Any]]:
+    """The part of an answer that must not depend on anything but images, options and seed."""
+    assert response.status_code == 200, response.text
+    listed: list[dict[str, Any]] = response.json()["predictions"]
+    return listed
+
+
+def check_problem(response: httpx2.Response, status: int, *contains: str) -> dict[str, Any]:
+    """That this is a problem document of RFC 9457 which tells a client enough, and an attacker nothing."""
+    assert response.status_code == status, response.text[:500]
+    assert response.headers["content-type"] == "application/problem+json"
+    document: dict[str, Any] = response.json()
+    assert set(document) == {"type", "title", "status", "detail", "instance", "request_id"}
+    assert document["type"] == "about:blank"
+    assert document["title"] == HTTPStatus(status).phrase
+    assert document["status"] == status
+    assert document["instance"] == response.url.path
+    assert document["request_id"] == response.headers["x-request-id"] != ""
+    for text in contains:
+        assert text in document["detail"], document["detail"]
+    assert len(document["detail"]) < 600, "a client's own megabytes come back"
+    assert "\n" not in document["detail"]
+    for leak in ("Traceback", 'File "', ".py", "site-packages", str(ROOT), "/tmp/"):
+        assert leak not in response.text
+    return document
+
+
+def wait_ready(client: httpx2.Client, *, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while client.get("/readyz").status_code != 200:
+        assert time.monotonic() < deadline, "never ready"
+        time.sleep(0.02)
+
+
+class ServerProcess:
+    """The service in a process of its own, at a free port of this machine."""
+
+    def __init__(self, log: Path, **flags: Any) -> None:
+        self._log = log
+        settings = json.dumps({"port": 0, "seed": 7, **flags}, default=str)
+        with log.open("wb") as sink:
+            self.process = subprocess.Popen(
+                [sys.executable, "-W", "error", "-c", _SERVE, settings], stdout=sink, stderr=sink, cwd=ROOT
+            )
+        self.url = self._await_url()
+        self.client = httpx2.Client(base_url=self.url, timeout=60)
+
+    def _await_url(self) -> str:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and self.process.poll() is None:
+            found = re.search(r"listening on (http://\S+)", self.log)
+            if found:
+                return found.group(1)
+            time.sleep(0.02)
+        self.process.kill()
+        self.process.wait()
+        raise AssertionError(f"the service did not start:\n{self.log}")
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text()
+
+    def terminate(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+
+    def close(self) -> None:
+        self.client.close()
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()

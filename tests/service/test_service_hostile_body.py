@@ -1,0 +1,88 @@
+"""Bodies that are meant to cost: endless, never ending, or written to make the checker itself slow."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from service_helpers import check_problem, post, predictions
+from starlette.testclient import TestClient
+
+from service.app import create_app
+from service.settings import load_settings
+
+_HEADERS = {"Content-Type": "image/png"}
+
+
+def send_slowly(bundle: Path, chunks: AsyncIterator[bytes], **flags: Any) -> httpx2.Response:
+    """Sends ``chunks`` as they come, with no length announced, to a service of its own."""
+
+    async def main() -> httpx2.Response:
+        app = create_app(load_settings(bundle=bundle, seed=7, **flags))
+        transport = httpx2.ASGITransport(app)
+        async with (
+            app.router.lifespan_context(app),
+            httpx2.AsyncClient(transport=transport, base_url="http://service") as client,
+        ):
+            while (await client.get("/readyz")).status_code != 200:  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+            response = await client.post("/v1/predict", content=chunks, headers=_HEADERS)
+            assert (await client.get("/metrics")).text.count("mithridate_requests_in_flight 0.0") == 1
+            return response
+
+    return asyncio.run(main())
+
+
+def test_an_endless_body_is_not_read_to_its_end(digits_bundle: Path) -> None:
+    sent = 0
+
+    async def endless() -> AsyncIterator[bytes]:
+        nonlocal sent
+        while True:
+            sent += 10_000
+            yield bytes(10_000)
+
+    response = send_slowly(digits_bundle, endless(), max_body_bytes=65_536)
+    check_problem(response, 413, "larger than 65536 bytes")
+    assert sent == 70_000
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(digits_bundle: Path, clean: list[bytes]) -> None:
+    async def stalling() -> AsyncIterator[bytes]:
+        yield clean[0][:20]
+        await asyncio.sleep(60)
+
+    started = time.monotonic()
+    check_problem(send_slowly(digits_bundle, stalling(), body_timeout_s=0.3), 408, "within 0.3 s")
+    assert time.monotonic() - started < 30
+
+
+def test_an_honest_body_without_a_length(digits_bundle: Path, clean: list[bytes], client: TestClient) -> None:
+    async def in_pieces() -> AsyncIterator[bytes]:
+        for start in range(0, len(clean[0]), 16):
+            yield clean[0][start : start + 16]
+
+    response = send_slowly(digits_bundle, in_pieces())
+    assert predictions(response) == predictions(post(client, clean[0]))
+
+
+HOSTILE_JSON = {
+    "numbers for images": (b'{"images":[' + b"1," * 2_000_000 + b"1]}", 413),
+    "empty images": (b'{"images":[' + b'"",' * 2_000_000 + b'""]}', 413),
+    "unknown fields": (b"{" + b",".join(b'"%d":1' % number for number in range(1_000_000)) + b"}", 422),
+    "options of a defence": (b'{"images":["aa"],"defense":"rmc:' + b"a=b," * 2_000_000 + b'"}', 422),
+    "one long number": (b'{"images":["aa"],"top_k":' + b"9" * 4_000_000 + b"}", 400),
+}
+
+
+@pytest.mark.parametrize(("content", "status"), HOSTILE_JSON.values(), ids=HOSTILE_JSON)
+def test_a_hostile_json_body_is_refused_at_once(client: TestClient, content: bytes, status: int) -> None:
+    """One error for every element took the event loop, and with it /livez, half a minute."""
+    started = time.monotonic()
+    check_problem(post(client, content, media_type="application/json"), status)
+    assert time.monotonic() - started < 3

@@ -1,0 +1,220 @@
+"""From the first byte read to the last answer given: loading, ready, draining, gone."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from service_helpers import SLOW, ServerProcess, Serving, check_problem, post, predictions, wait_ready
+from starlette.testclient import TestClient
+
+from mithridate.bundle import MANIFEST, MODEL
+from mithridate.errors import InputError, OptionError
+from service.app import create_app
+from service.server import serve
+from service.settings import load_settings
+
+Starting = Callable[..., ServerProcess]
+SECONDS_LONG = "rmc:scope=all,neighbors=512,epochs=40,patience=1000"
+
+
+@pytest.fixture
+def starting(digits_bundle: Path, tmp_path: Path) -> Iterator[Starting]:
+    """``starting(drain_seconds=1)``: the service in a process of its own."""
+    with contextlib.ExitStack() as stack:
+
+        def start(**flags: Any) -> ServerProcess:
+            server = ServerProcess(tmp_path / "log", bundle=digits_bundle, threads=1, **flags)
+            stack.callback(server.close)
+            return server
+
+        yield start
+
+
+def test_alive_before_ready(digits_bundle: Path) -> None:
+    async def main() -> None:
+        app = create_app(load_settings(bundle=digits_bundle))
+        async with (
+            app.router.lifespan_context(app),
+            httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://service") as client,
+        ):
+            assert (await client.get("/livez")).json() == {"status": "alive"}
+            for path in ("/readyz", "/v1/bundle", "/v1/defenses"):
+                check_problem(await client.get(path), 503, "loading")
+            early = await client.post("/v1/predict", content=b"x", headers={"Content-Type": "image/png"})
+            check_problem(early, 503, "loading")
+            assert int(early.headers["retry-after"]) >= 1
+            assert "mithridate_ready 0.0" in (await client.get("/metrics")).text
+            assert app.state.service.engine.loaded is None, "all of this happened before it was ready"
+            while (await client.get("/readyz")).status_code != 200:  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+            assert (await client.get("/readyz")).json() == {"status": "ready"}
+            assert "mithridate_ready 1.0" in (await client.get("/metrics")).text
+
+    asyncio.run(main())
+
+
+def flip_a_bit(bundle: Path) -> None:
+    data = bytearray((bundle / MODEL).read_bytes())
+    data[len(data) // 2] ^= 1
+    (bundle / MODEL).write_bytes(data)
+
+
+def cut_the_index(bundle: Path) -> None:
+    index = bundle / "index.faiss"
+    index.write_bytes(index.read_bytes()[:-100])
+
+
+def lose_the_labels(bundle: Path) -> None:
+    (bundle / "labels.npy").unlink()
+
+
+def add_a_file(bundle: Path) -> None:
+    (bundle / "extra.pkl").write_bytes(b"hello")
+
+
+def age_the_schema(bundle: Path) -> None:
+    manifest = json.loads((bundle / MANIFEST).read_text())
+    (bundle / MANIFEST).write_text(json.dumps({**manifest, "schema_version": 99}))
+
+
+def lose_everything(bundle: Path) -> None:
+    shutil.rmtree(bundle)
+
+
+TAMPERING = {
+    MODEL: flip_a_bit,
+    "index.faiss": cut_the_index,
+    "labels.npy": lose_the_labels,
+    "extra.pkl": add_a_file,
+    "schema version 99": age_the_schema,
+    "copy": lose_everything,
+}
+
+
+@pytest.mark.parametrize(("named", "tamper"), TAMPERING.items(), ids=[f.__name__ for f in TAMPERING.values()])
+def test_a_tampered_bundle_is_never_served(
+    digits_bundle: Path, tmp_path: Path, named: str, tamper: Callable[[Path], None]
+) -> None:
+    bundle = tmp_path / "copy"
+    shutil.copytree(digits_bundle, bundle)
+    tamper(bundle)
+    settings = load_settings(bundle=bundle, port=0)
+    with pytest.raises(InputError, match=named) as raised:
+        serve(settings)
+    assert "\n" not in str(raised.value)
+    app = create_app(settings)
+    with TestClient(app, raise_server_exceptions=False) as client:
+        while app.state.service.failure is None:
+            check_problem(client.get("/readyz"), 503)
+        check_problem(client.get("/readyz"), 503, "cannot be served")  # and not a word of where it lies
+        check_problem(post(client, b"x"), 503, "cannot be served")
+        assert client.get("/livez").status_code == 200
+        assert "mithridate_ready 0.0" in client.get("/metrics").text
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ({"defense": "rmcc"}, "did you mean 'rmc'"),
+        ({"offer": ["none", "rmc:neighbors=0"]}, "neighbors=0 is out of range"),
+        ({"device": "abacus"}, "abacus"),
+        ({"log_level": "loud"}, "allowed: debug"),
+        ({"host": "256.1.1.1"}, "cannot listen at 256.1.1.1"),
+    ],
+)
+def test_what_cannot_be_served_is_said_in_one_line(digits_bundle: Path, flags: dict[str, Any], says: str) -> None:
+    with pytest.raises(OptionError, match=says) as raised:
+        serve(load_settings(**{"bundle": digits_bundle, "port": 0, **flags}))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("listening", [True, False])
+def test_a_port_in_use(digits_bundle: Path, listening: bool) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        if listening:
+            other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(OptionError, match=f"cannot listen at 127.0.0.1:{port} .*choose another --port"):
+            serve(load_settings(bundle=digits_bundle, port=port))
+
+
+def test_a_port_taken_by_another_service_that_is_still_starting(digits_bundle: Path) -> None:
+    from service.server import _bind
+
+    first = _bind(load_settings(bundle=digits_bundle, port=0))
+    with first, pytest.raises(OptionError, match="cannot listen"):
+        _bind(load_settings(bundle=digits_bundle, port=first.getsockname()[1]))
+
+
+def test_a_free_port_and_a_request_that_outlives_the_signal(starting: Starting, clean: list[bytes]) -> None:
+    server = starting(offer=["none", SECONDS_LONG])
+    assert not server.url.endswith(":0")
+    wait_ready(server.client)
+    with ThreadPoolExecutor(1) as threads:
+        slow = threads.submit(post, server.client, clean[0], defense=SECONDS_LONG)
+        while "mithridate_requests_in_flight 1.0" not in server.client.get("/metrics").text:
+            time.sleep(0.02)
+        time.sleep(0.2)
+        server.terminate()
+        assert not slow.done(), "the request was over before the signal came"
+        (answer,) = predictions(slow.result())
+    assert answer["adaptation"]["steps"] > 0
+    assert server.process.wait(30) == 0
+    with pytest.raises(httpx2.ConnectError):
+        server.client.get("/livez")
+    assert "Traceback" not in server.log
+
+
+def test_draining_answers_but_asks_for_no_more(starting: Starting, clean: list[bytes]) -> None:
+    server = starting(drain_seconds=1.5)
+    wait_ready(server.client)
+    signalled = time.monotonic()
+    server.terminate()
+    while server.client.get("/readyz").status_code == 200:
+        assert time.monotonic() - signalled < 1
+    check_problem(server.client.get("/readyz"), 503, "draining")
+    assert predictions(post(server.client, clean[0]))[0]["label"] == "4"
+    assert "mithridate_ready 0.0" in server.client.get("/metrics").text
+    assert server.process.wait(30) == 0
+    assert time.monotonic() - signalled >= 1.5
+
+
+def test_a_second_signal_ends_the_drain_and_the_drain_timeout_what_still_runs(
+    starting: Starting, clean: list[bytes]
+) -> None:
+    server = starting(offer=["none", SLOW], drain_seconds=600, drain_timeout_s=1)
+    wait_ready(server.client)
+    with ThreadPoolExecutor(1) as threads:
+        slow = threads.submit(post, server.client, clean[0], defense=SLOW)
+        while "mithridate_requests_in_flight 1.0" not in server.client.get("/metrics").text:
+            time.sleep(0.02)
+        server.terminate()
+        while server.client.get("/readyz").status_code == 200:
+            time.sleep(0.02)
+        server.terminate()
+        assert server.process.wait(10) == 0
+        with contextlib.suppress(httpx2.TransportError):
+            assert slow.result().status_code >= 500
+
+
+def test_stopping_leaves_no_thread_behind(serving: Serving, clean: list[bytes]) -> None:
+    before = set(threading.enumerate())
+    with serving() as client:
+        post(client, clean[0])
+        mine = {thread.name.rsplit("_")[0] for thread in set(threading.enumerate()) - before}
+        assert {"engine", "decode"} <= mine
+    left = {thread.name for thread in set(threading.enumerate()) - before}
+    assert not any(name.startswith(("engine", "decode")) for name in left)
