@@ -42,6 +42,8 @@ class CampaignPlan:
     def __post_init__(self) -> None:
         if not 0 < self.rate <= 100_000:
             raise OptionError(f"rate {self.rate:g} is out of range; allowed: above 0, up to 100000 requests a second")
+        if len(set(self.attacks)) != len(self.attacks):
+            raise OptionError(f"an attack is named twice in {', '.join(self.attacks)}; name each once")
         if not self.attacks:
             raise OptionError("no attack was named; give at least one --attack, as in pgd20")
 

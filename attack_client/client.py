@@ -104,9 +104,20 @@ def _check(response: httpx2.Response) -> bytes:
 
 
 def _base_url(url: str) -> str:
-    if not url.startswith(("http://", "https://")):
+    try:
+        usable = httpx2.URL(url).scheme in ("http", "https")
+    except httpx2.InvalidURL:
+        usable = False
+    if not usable:
         raise OptionError(f"{url!r} is not a service's address; write it as http://host:port")
     return url.rstrip("/")
+
+
+def _is_ready(url: str, response: httpx2.Response) -> bool:
+    """False for a service that is not ready yet. Raises InputError for a server that is something else."""
+    if response.status_code not in (200, 503):
+        raise InputError(f"{url}/readyz answers with HTTP {response.status_code}; is this a Mithridate service?")
+    return response.status_code == 200
 
 
 class Client:
@@ -168,7 +179,7 @@ class Client:
         while True:
             try:
                 patience = max(0.05, deadline - time.monotonic())
-                if self._http.get("/readyz", timeout=patience).status_code == 200:
+                if _is_ready(self.url, self._http.get("/readyz", timeout=patience)):
                     return
             except httpx2.RequestError:
                 pass  # not listening yet
@@ -248,6 +259,20 @@ class AsyncClient:
         content = await self._send(_Call(method="GET", path="/v1/defenses"))
         defenses: Defenses = parse_answer(content, Defenses, self.url)
         return defenses
+
+    async def wait_until_ready(self, timeout_seconds: float = 60.0) -> None:
+        """Returns once the service is ready. Raises InputError where it is not in time."""
+        deadline = time.monotonic() + timeout_seconds
+        while True:
+            try:
+                patience = max(0.05, deadline - time.monotonic())
+                if _is_ready(self.url, await self._http.get("/readyz", timeout=patience)):
+                    return
+            except httpx2.RequestError:
+                pass  # not listening yet
+            if time.monotonic() >= deadline:
+                raise InputError(f"{self.url} was not ready within {timeout_seconds:g} s")
+            await asyncio.sleep(0.05)
 
     async def _send(self, call: _Call) -> bytes:
         for attempt in range(1, self._retry.attempts + 1):

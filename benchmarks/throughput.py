@@ -2,9 +2,9 @@
 
     python -m benchmarks.throughput [--bundle BUNDLE --dataset SPEC]
 
-Without a bundle, the digits one of ``make demo`` is built. One image a request. First one client after the other
-(closed loop, 1 and 8 at once): how much the service can do. Then an open loop at half of what 8 clients reached:
-what a user waits. Client and service share the machine. The defences take turns within each round, so that a noisy
+Without a bundle, the digits one of ``make demo`` is built. One image a request. First a closed loop of 1 and of 8
+clients: how much the service can do. Then an open loop, at half of what 8 clients reached with the slowest defence:
+what a user waits. Client and service share the machine. In the closed loops the defences take turns, so that a noisy
 machine is equally unfair to all; read the numbers as ratios to ``none``.
 """
 
@@ -75,9 +75,8 @@ async def _measure(url: str, images: Sequence[bytes], defenses: Sequence[str], r
             for defense in defenses:
                 serial[defense].append(await _closed(client, images, defense, 1, requests // _ROUNDS))
                 parallel[defense].append(await _closed(client, images, defense, 8, requests // _ROUNDS))
-        rows = []
+        rows, rate = [], min(statistics.median(values) for values in parallel.values()) / 2
         for defense in defenses:
-            rate = statistics.median(parallel[defense]) / 2
             latencies = await _open(client, images, defense, rate, requests)
             rows.append(
                 {

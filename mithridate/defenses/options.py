@@ -62,4 +62,4 @@ def unknown(kind: str, seen: str, allowed: Iterable[str]) -> str:
 def require(of: str, key: str, value: float, low: float, high: float) -> None:
     """Raises OptionError where ``value`` is not in ``low`` .. ``high``."""
     if not low <= value <= high:
-        raise OptionError(f"{of}: {key}={value:g} is out of range; allowed: {low:g} to {high:g}")
+        raise OptionError(f"{of}: {key}={str(value)[:20]} is out of range; allowed: {low:g} to {high:g}")

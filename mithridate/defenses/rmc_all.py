@@ -73,7 +73,9 @@ class RMCAll:
             neighbors = self.resources.index.search(base.embedding, self.config.neighbors)
         seed = _draw_seed(generator)
         logits, adaptations = [], []
-        for image, ids in zip(images.split(1), neighbors.ids, strict=True):
+        for number, (image, ids) in enumerate(zip(images.split(1), neighbors.ids, strict=True)):
+            if number:
+                budget.check()  # an image that is not begun has no answer to break off
             with clock.phase("adapt"):
                 network, adaptation = self._adapt(ids, seed, budget)
             with clock.phase("predict"):

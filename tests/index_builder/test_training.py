@@ -95,8 +95,8 @@ def test_adversarial_training_withstands_what_plain_training_does_not(
     for kind, epochs in (("n-fgsm", 6), ("pgd", 3)):
         plan = TrainingPlan(epochs=epochs, batch_size=64, adversarial=kind, epsilon=Epsilon(24))
         model = train_classifier(data, plan)
-        assert accuracy(model, digits_test) > 0.9, kind
-        assert under_attack(model, digits_test) > plain + 0.2, kind
+        assert accuracy(model, digits_test) > 0.75, kind
+        assert under_attack(model, digits_test) > plain + 0.25, kind
 
 
 def test_adversarial_training_is_reproducible(few: LabelledImages) -> None:
