@@ -22,6 +22,7 @@ from mithridate.types import Epsilon
 
 CLEAN = "clean"
 UNDEFENDED = "none"
+OUTCOMES = "outcomes.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,10 @@ class CampaignPlan:
     command: str = ""
 
     def __post_init__(self) -> None:
+        if not 0 < self.timeout_seconds <= 86_400:
+            raise OptionError(
+                f"timeout {self.timeout_seconds:g} is out of range; allowed: above 0, up to 86400 seconds"
+            )
         if not 0 < self.rate <= 100_000:
             raise OptionError(f"rate {self.rate:g} is out of range; allowed: above 0, up to 100000 requests a second")
         if len(set(self.attacks)) != len(self.attacks):
@@ -106,9 +111,15 @@ def _plain(row: Row) -> dict[str, object]:
     return {**values, "interval": list(row.interval), **missing}
 
 
-def run_campaign(plan: CampaignPlan, *, progress: Callable[[str, int, int], None]) -> CampaignResult:
+def run_campaign(
+    plan: CampaignPlan,
+    *,
+    progress: Callable[[str, int, int], None],
+    record: Callable[[Outcome], None] = lambda outcome: None,
+) -> CampaignResult:
     """Asks the service who it is, makes the examples, sends all of them, and counts.
 
+    ``record`` is given each outcome as it comes, so that an interruption loses nothing that was measured.
     Raises InputError where the service does not answer or serves other images than ``plan.data``.
     """
     with Client(plan.url, timeout_seconds=plan.timeout_seconds) as client:
@@ -122,7 +133,7 @@ def run_campaign(plan: CampaignPlan, *, progress: Callable[[str, int, int], None
         crafted.append(craft(plan.surrogate, plan.data, attack=attack, epsilon=plan.epsilon, seed=plan.seed))
     progress("attack", len(plan.attacks), len(plan.attacks))
     shots = _shots(plan, defenses, crafted)
-    outcomes = asyncio.run(_fire(plan, shots, progress))
+    outcomes = asyncio.run(_fire(plan, shots, progress, record))
     kinds = (CLEAN, *plan.attacks)
     rows = tuple(_count(plan.data, outcomes, defense, kind) for kind in kinds for defense in defenses)
     return CampaignResult(plan=plan, service=service, rows=rows, outcomes=tuple(outcomes), crafted=tuple(crafted))
@@ -131,16 +142,25 @@ def run_campaign(plan: CampaignPlan, *, progress: Callable[[str, int, int], None
 def write_results(result: CampaignResult, out: Path) -> None:
     """``summary.json`` and ``outcomes.jsonl`` (one line a request) in ``out``."""
     (out / "summary.json").write_text(json.dumps(result.summary(), indent=1) + "\n")
-    truth = result.plan.data.labels
-    lines = [json.dumps({**asdict(o), "truth": int(truth[o.image])}) for o in _sorted(result.outcomes)]
-    (out / "outcomes.jsonl").write_text("\n".join(lines) + "\n")
+    lines = [outcome_line(result.plan, outcome) for outcome in _sorted(result.outcomes)]
+    (out / OUTCOMES).write_text("".join(lines))
+
+
+def outcome_line(plan: CampaignPlan, outcome: Outcome) -> str:
+    """One line of ``outcomes.jsonl``: what came of a request, and what would have been right."""
+    return json.dumps({**asdict(outcome), "truth": int(plan.data.labels[outcome.image])}) + "\n"
 
 
 def _sorted(outcomes: Sequence[Outcome]) -> list[Outcome]:
     return sorted(outcomes, key=lambda o: (o.image, o.kind, o.defense))
 
 
-async def _fire(plan: CampaignPlan, shots: Sequence[Shot], progress: Callable[[str, int, int], None]) -> list[Outcome]:
+async def _fire(
+    plan: CampaignPlan,
+    shots: Sequence[Shot],
+    progress: Callable[[str, int, int], None],
+    record: Callable[[Outcome], None],
+) -> list[Outcome]:
     async with AsyncClient(plan.url, timeout_seconds=plan.timeout_seconds) as client:
         return await fire(
             client,
@@ -148,6 +168,7 @@ async def _fire(plan: CampaignPlan, shots: Sequence[Shot], progress: Callable[[s
             rate=plan.rate,
             seed=plan.seed,
             progress=lambda done, total: progress("send", done, total),
+            record=record,
         )
 
 

@@ -49,6 +49,7 @@ async def fire(
     seed: int,
     concurrency: int = 32,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    record: Callable[[Outcome], None] = lambda outcome: None,
 ) -> list[Outcome]:
     """Sends all ``shots`` at ``rate`` a second, in random order so that no kind meets a quieter machine."""
     order = list(shots)
@@ -63,6 +64,7 @@ async def fire(
         async with places:
             outcome = await _send(client, shot, due)
         done += 1
+        record(outcome)
         progress(done, len(order))
         return outcome
 

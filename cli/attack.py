@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shlex
 import sys
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TextIO
 
 import typer
 
@@ -40,7 +41,8 @@ def attack(
 
     The examples are made on a model the attacker holds (static transfer): a first look, not a verdict.
     """
-    from attack_client.campaign import CampaignPlan, run_campaign, write_results
+    from attack_client.campaign import OUTCOMES, CampaignPlan, outcome_line, run_campaign, write_results
+    from attack_client.load import Outcome
     from attack_client.report import write_html
     from attack_client.transfer import load_surrogate
     from mithridate.errors import OptionError
@@ -71,12 +73,21 @@ def attack(
     except OSError as error:
         raise OptionError(f"cannot write to {out}: {error.strerror}") from error
     try:
-        with progress() as report:
-            result = run_campaign(plan, progress=report)
+        with progress() as report, ExitStack() as files:
+            opened: list[TextIO] = []
+
+            def record(outcome: Outcome) -> None:
+                if not opened:  # not before there is something to keep
+                    opened.append(files.enter_context((out / OUTCOMES).open("w")))
+                opened[0].write(outcome_line(plan, outcome))
+
+            result = run_campaign(plan, progress=report, record=record)
         write_results(result, out)
         write_html(result, out / "report.html")
     except BaseException:
-        if not any(out.iterdir()):
+        if any(out.iterdir()):
+            note(f"not finished; what was measured so far is in {out / OUTCOMES}")
+        else:
             out.rmdir()
         raise
     if as_json:

@@ -40,12 +40,7 @@ def build(
     as_json: shared.JsonOption = False,
 ) -> None:
     """Attack a training set and file all of it, clean and adversarial, in a bundle."""
-    if resume and _finished(out):
-        note(f"{out} is finished already; nothing to resume")
-        if as_json:
-            print_json({"path": str(out), "finished_before": True})
-        return
-    from index_builder.build import PUBLISHED_ATTACKS, BuildPlan, build_bundle
+    from index_builder.build import PUBLISHED_ATTACKS, BuildPlan, build_bundle, finished_bundle
 
     shared.use_threads(threads)
     shared.allow_local_code(arch)
@@ -69,6 +64,11 @@ def build(
         batch_size=min(batch_size, shard_size),
         device=shared.check_device(device),
     )
+    if resume and finished_bundle(plan) is not None:
+        note(f"{out} is finished already; nothing to resume")
+        if as_json:
+            print_json({"path": str(out), "finished_before": True})
+        return
     training = plan.resolved_training()
     if training is not None:
         note(f"no --model given: training {training.arch} on {dataset} first")
@@ -91,16 +91,6 @@ def build(
             ["digest", summary.digest[:23] + "..."],
         ],
     )
-
-
-def _finished(out: Path) -> bool:
-    """Whether ``out`` is a bundle already. Raises BundleError where it is a broken one."""
-    if not (out / "manifest.json").is_file():
-        return False
-    from mithridate.bundle import Bundle
-
-    Bundle.open(out)
-    return True
 
 
 def _numbers(option: str, text: str | None) -> tuple[float, ...] | None:

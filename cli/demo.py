@@ -28,6 +28,7 @@ def demo(
     port: Annotated[int, typer.Option(help="Port to listen at; 0 takes a free one")] = 0,
 ) -> None:
     """Build a bundle from embedded digits, serve it, ask it, attack it, and print what the defence is worth."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the service is stopped with us
     bundle, image = out / "bundle", out / "digit.png"
     out.mkdir(parents=True, exist_ok=True)
     note("1. build: train a small network on handwritten digits, attack its training set, index everything")
@@ -118,7 +119,10 @@ def running_service(bundle: Path, port: int) -> Iterator[str]:
         yield url
     finally:
         process.send_signal(signal.SIGTERM)
-        process.wait(timeout=60)
+        try:
+            process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            process.kill()
 
 
 def _free_port() -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import cast
+from contextlib import suppress
+from typing import NoReturn, cast
 
 import typer
 
@@ -53,7 +54,13 @@ def main(
 def run() -> None:
     """Exit codes: 0 done, 1 it ran and the answer is no, 2 unusable input (one line on stderr), 130 interrupted."""
     try:
-        code = app(standalone_mode=False)
+        # Not app(): typer's own main turns interruptions and a closed pipe into silent exits.
+        command = typer.main.get_command(app)
+        with command.make_context("mithridate", sys.argv[1:]) as context:
+            command.invoke(context)
+        sys.stdout.flush()
+    except typer.Exit as error:
+        sys.exit(error.exit_code)
     except UsageError as error:
         _fail(error.format_message())
     except MithridateError as error:
@@ -62,11 +69,19 @@ def run() -> None:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output has gone, as in `mithridate ... | head`
+        _silence_stdout()
+    except OSError as error:  # a file that may not be read, a disk that is full: said in one line whatever it was
+        _silence_stdout()
+        _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    sys.exit(0)
+
+
+def _silence_stdout() -> None:
+    """Python flushes stdout at its end; what cannot be written must not fail there again."""
+    with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
-    sys.exit(code or 0)
 
 
-def _fail(message: str) -> None:
+def _fail(message: str) -> NoReturn:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)

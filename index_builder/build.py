@@ -48,6 +48,7 @@ PUBLISHED_ATTACKS = ("pgd10", "pgd30", "pgd100")
 """The three adversarial copies of the RMC paper."""
 
 _PARTS = "parts"
+_VERSIONS = ("mithridate", "torch")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +180,22 @@ def _fill(plan: BuildPlan, workspace: Workspace, progress: Progress) -> None:
     _assemble(plan, workspace, classifier, progress)
 
 
+def finished_bundle(plan: BuildPlan) -> Bundle | None:
+    """The bundle where ``plan.out`` is finished already, or None. Raises BuildError where it is of another plan."""
+    if not (plan.out / MANIFEST).is_file():
+        return None
+    bundle = Bundle.open(plan.out)
+    before = {**bundle.manifest.plan, "index": bundle.manifest.index}
+    now = {**plan.fingerprint(), "index": resolve_factory(plan.index)}
+    changed = [key for key in now if key not in _VERSIONS and before.get(key) != now[key]]
+    if changed:
+        seen = "; ".join(f"{key} was {before.get(key)!r}, now {now[key]!r}" for key in changed)
+        raise BuildError(
+            f"{plan.out} is finished, but of another plan ({seen}); choose another name or remove it first"
+        )
+    return bundle
+
+
 def _check_finished(plan: BuildPlan, workspace: Workspace) -> None:
     """A kill just before the rename left a finished bundle: its index, which a plan may change until then, is fixed."""
     seen = Bundle.open(workspace.path, verify=False).manifest.index
@@ -289,6 +306,7 @@ def _manifest(
         seed=plan.seed,
         shard_size=plan.shard_size,
         index=resolve_factory(plan.index),
+        plan=plan.fingerprint(),
         built_with={
             "mithridate": __version__,
             "torch": torch.__version__,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch.nn import functional as F
@@ -12,9 +12,9 @@ from torch.nn import functional as F
 from index_builder.progress import Progress, silent
 from mithridate.attacks import PGD
 from mithridate.datasets import LabelledImages
-from mithridate.errors import OptionError
+from mithridate.errors import MithridateError, ModelError, OptionError
 from mithridate.models import Classifier, build_classifier
-from mithridate.types import Epsilon, Images, Labels, to_images, to_pixels
+from mithridate.types import Epsilon, Images, Labels, Logits, to_images, to_pixels
 
 _MOMENTUM, _WEIGHT_DECAY, _WARM_UP = 0.9, 5e-4, 0.2
 
@@ -59,8 +59,21 @@ def train_classifier(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(plan.seed)  # initial weights and dropout draw from the global generator
         classifier = build_classifier(plan.arch, num_classes=len(data.classes), image_shape=data.image_shape)
-        _fit(classifier.to(device), data, plan, progress)
+        try:
+            _fit(classifier.to(device), data, plan, progress)
+        except MithridateError:
+            raise
+        except Exception as error:  # networks fail in training in their own ways: one image a batch, two outputs ...
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ModelError(f"{plan.arch} cannot be trained on {data.spec}: {reason}") from error
     return classifier
+
+
+def _logits(classifier: Classifier, images: Images) -> Logits:
+    """What the network says in training; where it has auxiliary outputs beside, its main one."""
+    output: Any = classifier(images)
+    logits: Logits = output if isinstance(output, torch.Tensor) else output[0]
+    return logits
 
 
 def accuracy(classifier: Classifier, data: LabelledImages, *, batch_size: int = 256) -> float:
@@ -93,7 +106,7 @@ def _fit(classifier: Classifier, data: LabelledImages, plan: TrainingPlan, progr
             images, targets = images.to(classifier.device), labels[batch].to(classifier.device)
             if plan.adversarial is not None:
                 images = _attack(classifier, images, targets, plan, generator)
-            loss = F.cross_entropy(classifier(images), targets)
+            loss = F.cross_entropy(_logits(classifier, images), targets)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -141,5 +154,5 @@ def _attack(
         return to_images(found)
     noise = (4 * torch.rand(images.shape, generator=generator) - 2).to(images.device) * epsilon
     noisy = (images + noise).requires_grad_(True)
-    (gradient,) = torch.autograd.grad(F.cross_entropy(classifier(noisy), labels), noisy)
+    (gradient,) = torch.autograd.grad(F.cross_entropy(_logits(classifier, noisy), labels), noisy)
     return (noisy + epsilon * gradient.sign()).detach().clamp(0, 1)

@@ -8,11 +8,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from mithridate.errors import BundleError
 from mithridate.exemplars import CLEAN, ExemplarStore, Layout
@@ -46,8 +55,8 @@ class ModelEntry(_Frozen):
     """How to build the network that ``model.safetensors`` fits."""
 
     arch: str
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    mean: Annotated[tuple[FiniteFloat, ...], Field(min_length=1)]
+    std: Annotated[tuple[Annotated[FiniteFloat, Field(gt=0)], ...], Field(min_length=1)]
     embedding_layer: str
 
 
@@ -75,14 +84,15 @@ class Manifest(_Frozen):
     schema_version: Literal[1]
     name: str
     dataset: DatasetEntry
-    classes: tuple[str, ...]
-    image_shape: tuple[int, int, int]
+    classes: Annotated[tuple[str, ...], Field(min_length=1)]
+    image_shape: tuple[PositiveInt, PositiveInt, PositiveInt]
     resize: Literal["exact", "center-crop"]
     model: ModelEntry
     copies: tuple[CopyEntry, ...]
     seed: int
     shard_size: Annotated[int, Field(gt=0)]
     index: str
+    plan: dict[str, Any]  # every option that the bundle depends on, as the build had it
     built_with: dict[str, str]
     files: dict[str, FileEntry]
 
@@ -94,6 +104,16 @@ class Manifest(_Frozen):
             if path.is_absolute() or ".." in path.parts:
                 raise ValueError(f"{name!r} points outside the bundle")
         return files
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if len(self.model.mean) != len(self.model.std):
+            raise ValueError(f"{len(self.model.mean)} means and {len(self.model.std)} deviations")
+        if len(set(self.classes)) != len(self.classes):
+            raise ValueError("two classes have one name")
+        if any(copy.base_correct > self.dataset.images for copy in self.copies):
+            raise ValueError("more images classified correctly than there are")
+        return self
 
     @property
     def layout(self) -> Layout:
@@ -219,25 +239,27 @@ def _read_manifest(path: Path) -> tuple[Manifest, str]:
     try:
         content = json.loads(raw)
         version = content.get("schema_version") if isinstance(content, dict) else None
-        if version != SCHEMA_VERSION:
+        if version != SCHEMA_VERSION or type(version) is not int:
             raise BundleError(f"{file} has schema version {version!r}; this Mithridate reads {SCHEMA_VERSION}")
         manifest = Manifest.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise BundleError(f"{file} is not a valid manifest: {where}: {first['msg']}") from error
+        where = ": ".join([".".join(map(str, first["loc"])), first["msg"]]).removeprefix(": ")
+        raise BundleError(f"{file} is not a valid manifest: {where}") from error
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{file} is not JSON ({error})") from error
-    required = {MODEL, LABELS, PREDICTIONS, EMBEDDINGS, INDEX, *_shard_names(manifest.layout)}
-    unlisted = sorted(required - set(manifest.files))
+    # Looked up one after the other: a manifest may claim more shards than could ever be listed.
+    unlisted = next((name for name in _required(manifest.layout) if name not in manifest.files), None)
     if unlisted or not manifest.copies or manifest.copies[0].name != CLEAN:
-        what = f"does not list {unlisted[0]}" if unlisted else "does not begin with the clean copy"
+        what = f"does not list {unlisted}" if unlisted else "does not begin with the clean copy"
         raise BundleError(f"{file} is not a valid manifest: it {what}")
     return manifest, f"sha256:{hashlib.sha256(raw).hexdigest()}"
 
 
-def _shard_names(layout: Layout) -> set[str]:
-    return {layout.shard_path(copy, shard) for copy, shard in layout.shards}
+def _required(layout: Layout) -> Iterator[str]:
+    """What a bundle of this layout cannot do without."""
+    yield from (MODEL, LABELS, PREDICTIONS, EMBEDDINGS, INDEX)
+    yield from (layout.shard_path(copy, shard) for copy, shard in layout.shards)
 
 
 def sha256_of(path: Path) -> str:

@@ -11,6 +11,8 @@ def resolve_device(name: str) -> torch.device:
     """The device called ``name``. Raises OptionError where it cannot be used here."""
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("not a kind that is supported")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]

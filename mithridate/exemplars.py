@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,9 +28,9 @@ class Layout:
         return self.sources * len(self.copies)
 
     @property
-    def shards(self) -> tuple[tuple[int, int], ...]:
+    def shards(self) -> Iterator[tuple[int, int]]:
         """All (copy, shard) numbers, in the order of the exemplars."""
-        return tuple((copy, shard) for copy in range(len(self.copies)) for shard in range(self.shards_per_copy))
+        return ((copy, shard) for copy in range(len(self.copies)) for shard in range(self.shards_per_copy))
 
     @property
     def shards_per_copy(self) -> int:

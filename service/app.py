@@ -253,11 +253,13 @@ def _add_descriptions(app: FastAPI, service: Service) -> None:
 
 
 def _add_health(app: FastAPI, service: Service) -> None:
+    @app.head("/livez", include_in_schema=False)
     @app.get("/livez", tags=["health"])
     async def livez() -> dict[str, str]:
         """The process runs."""
         return {"status": "alive"}
 
+    @app.head("/readyz", include_in_schema=False)
     @app.get("/readyz", tags=["health"], responses={503: _ERRORS[503]})
     async def readyz() -> dict[str, str]:
         """The bundle is verified, one warm adaptation has run, and the service is not draining."""

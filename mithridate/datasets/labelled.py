@@ -39,6 +39,12 @@ class LabelledImages:
             )
         if not shape[0]:
             raise DatasetError(f"{self.spec}: the selection is empty: no image of the data set lies in it")
+        repeated = next((name for name in self.classes if self.classes.count(name) > 1), None)
+        if repeated is not None:
+            raise DatasetError(f"{self.spec}: two classes are called {repeated!r}; give each a name of its own")
+        for name in self.classes:
+            if not _is_text(name):
+                raise DatasetError(f"{self.spec}: the class name {name!r} is not text in UTF-8; rename it")
         check_labels(self.labels, classes=self.classes, images=shape[0], where=self.spec)
 
     def __len__(self) -> int:
@@ -77,3 +83,12 @@ def numbered_classes(highest: int, *, where: str) -> tuple[str, ...]:
         allowed = f"0 to {MAX_UNNAMED_CLASSES - 1} where the data names no classes"
         raise DatasetError(f"{where}: the highest label is {highest}, allowed are {allowed}")
     return tuple(str(label) for label in range(highest + 1))
+
+
+def _is_text(name: str) -> bool:
+    """Whether a name can be written as UTF-8: a folder's may hold any bytes."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -12,8 +12,8 @@ from mithridate.defenses.rmc_all import RMCAll, RMCAllConfig
 from mithridate.defenses.rmc_head import RMCHead, RMCHeadConfig
 from mithridate.errors import OptionError
 
-DEFAULT_DEFENCES = ("none", "rmc", "rmc:scope=all", "webnn", "deepnn")
-"""What a service offers unless it is told otherwise."""
+DEFAULT_DEFENCES = ("none", "rmc", "webnn", "deepnn")
+"""What a service offers unless told otherwise. Not ``rmc:scope=all``: one request of it keeps all others waiting."""
 
 DESCRIPTIONS = {
     "none": "the base model as it is",

@@ -28,6 +28,10 @@ from mithridate.types import Images, Logits
 _BETA1, _BETA2, _TINY = 0.9, 0.999, 1e-8  # Adam's published constants (Kingma and Ba 2015)
 
 
+_NUMBERS_AT_A_TIME = 4_000_000
+"""float64 weights and features of one chunk: 32 MB, in about ten copies while it is fitted."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RMCHeadConfig:
     """``neighbors`` K; Adam's ``learning_rate``; at most ``steps`` full-batch steps; an image is done (``converged``)
@@ -82,14 +86,14 @@ class RMCHead:
         with clock.phase("search"):
             neighbors = self.resources.index.search(base.embedding, self.config.neighbors)
         with clock.phase("adapt"):
-            fit = self._fit(neighbors.ids, budget)
+            logits, adaptations = self._adapt(base.head_input, neighbors.ids, budget)
         with clock.phase("predict"):
-            scores = fit.logits(base.head_input).softmax(1).float().cpu()
+            scores = logits.softmax(1).float().cpu()
             described = describe_neighbors(neighbors, exemplars)
         return Prediction(
             scores=scores,
             base_scores=base.logits.softmax(1).cpu(),
-            adaptations=fit.adaptations,
+            adaptations=adaptations,
             neighborhoods=described,
             seconds=clock.seconds,
         )
@@ -100,14 +104,28 @@ class RMCHead:
         base = base_pass(self.resources.classifier, images)
         with torch.no_grad():
             neighbors = self.resources.index.search(base.embedding, self.config.neighbors)
-            fit = self._fit(neighbors.ids, budget)
-        return fit.logits(base.head_input)
+        return self._adapt(base.head_input, neighbors.ids, budget)[0]
 
-    def _fit(self, ids: torch.Tensor, budget: Budget) -> HeadFit:
+    def _adapt(
+        self, head_input: torch.Tensor, ids: torch.Tensor, budget: Budget
+    ) -> tuple[Logits, tuple[Adaptation, ...]]:
+        """Logits ``[B, C]`` of heads fitted to the exemplars ``ids`` ``[B, K]``; differentiable in ``head_input``.
+
+        As many images at a time as memory allows: a thousand classes and 2,048 features make 16 MB an image and copy.
+        """
         classifier, exemplars = self.resources.classifier, self.resources.exemplars
-        features = exemplars.features[ids].to(classifier.device)  # [B, K, D]
-        labels = exemplars.labels[ids].to(classifier.device)  # [B, K]
-        return fit_heads(features, labels, classifier.head, self.config, budget)
+        classes, width = classifier.head.weight.shape
+        rows = max(1, _NUMBERS_AT_A_TIME // (width * (classes + ids.shape[1])))
+        logits: list[torch.Tensor] = []
+        adaptations: list[Adaptation] = []
+        for inputs, chosen in zip(head_input.split(rows), ids.split(rows), strict=True):
+            with torch.no_grad():
+                features = exemplars.features[chosen].to(classifier.device)  # [rows, K, D]
+                labels = exemplars.labels[chosen].to(classifier.device)  # [rows, K]
+                fit = fit_heads(features, labels, classifier.head, self.config, budget)
+            logits.append(fit.logits(inputs))
+            adaptations.extend(fit.adaptations)
+        return torch.cat(logits), tuple(adaptations)
 
 
 def fit_heads(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -159,6 +160,10 @@ def build_classifier(
             f"{arch} takes {built.in_channels} channels; seen: images with {image_shape[0]}, "
             f"a mean of {len(mean)} and a deviation of {len(std)} numbers"
         )
+    if not all(map(math.isfinite, mean)) or not all(math.isfinite(s) and s > 0 for s in std):
+        raise ModelError(
+            f"a mean of {list(mean)} and a deviation of {list(std)} cannot normalise; allowed: finite, above 0"
+        )
     spec = ModelSpec(
         arch=arch,
         num_classes=num_classes,
@@ -181,7 +186,8 @@ def _probed(network: nn.Module, spec: ModelSpec) -> Classifier:
         raise
     except Exception as error:  # shape errors surface as many types
         shape = "x".join(map(str, spec.image_shape))
-        raise ModelError(f"{spec.arch} cannot take {shape} images: {str(error).splitlines()[0]}") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{spec.arch} cannot take {shape} images: {reason}") from error
     if not isinstance(logits, torch.Tensor):
         raise ModelError(f"{spec.arch} returns a {type(logits).__name__}; it must return one tensor of logits")
     if logits.shape != (2, spec.num_classes):

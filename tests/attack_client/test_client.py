@@ -74,7 +74,7 @@ def test_who_is_served(served: str, digits_bundle: Path) -> None:
     assert bundle.image_shape == (1, 8, 8)
     assert bundle.classes == tuple("0123456789")
     assert defenses.default == "rmc"
-    assert defenses.names == ("rmc", "none", "rmc:scope=all", "webnn", "deepnn")
+    assert defenses.names == ("rmc", "none", "webnn", "deepnn")
 
 
 @pytest.mark.parametrize(

@@ -14,13 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from index_builder.build import BuildPlan, build_bundle
+from index_builder.build import BuildPlan, build_bundle, finished_bundle
 from index_builder.training import TrainingPlan, train_classifier
 from mithridate.attacks import parse_attack
 from mithridate.bundle import Bundle
 from mithridate.datasets import LabelledImages
 from mithridate.defenses import Budget, Resources, build_defence
-from mithridate.errors import BuildError, ModelError, OptionError
+from mithridate.errors import BuildError, BundleError, ModelError, OptionError
 from mithridate.models import load_classifier, save_weights
 from mithridate.types import Epsilon, to_images
 
@@ -227,3 +227,17 @@ def test_no_attack_at_all_gives_a_bundle_of_clean_exemplars(plan: BuildPlan) -> 
     summary = build_bundle(replace(plan, attacks=()))
     assert summary.exemplars == 200
     assert list(summary.accuracy) == ["clean"]
+
+
+def test_a_finished_bundle_of_the_same_plan_is_found(plan: BuildPlan) -> None:
+    assert finished_bundle(plan) is None
+    built = build_bundle(plan)
+    found = finished_bundle(plan)
+    assert found is not None
+    assert found.digest == built.digest
+    for change, message in [({"seed": 1}, "seed was 0, now 1"), ({"index": "HNSW8"}, "index was 'Flat', now 'HNSW8'")]:
+        with pytest.raises(BuildError, match=message):
+            finished_bundle(replace(plan, **change))
+    (plan.out / "labels.npy").write_bytes(b"")
+    with pytest.raises(BundleError, match=r"labels\.npy"):
+        finished_bundle(plan)

@@ -220,7 +220,7 @@ def test_deepnn_asks_clean_exemplars_only(resources: Resources, images: torch.Te
         ("rmc:neighbors=2.5", ["neighbors='2.5' is not int"]),
         ("rmc:learning_rate=x", ["learning_rate='x' is not float"]),
         ("rmc:learning_rate=nan", ["learning_rate=nan is out of range"]),
-        ("rmc:learning_rate=-1", ["learning_rate=-1 is out of range; allowed: 1e-09 to 100"]),
+        ("rmc:learning_rate=-1", ["learning_rate=-1.0 is out of range; allowed: 1e-09 to 100"]),
         ("rmc:neighbors=0", ["neighbors=0 is out of range", "1 to 65536"]),
         ("rmc:scope=all,neighbors=1", ["neighbors=1 is out of range", "2 to 65536"]),
         ("webnn:neighbors=70000", ["a neighbour vote: neighbors=70000 is out of range"]),

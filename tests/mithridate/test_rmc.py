@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from mithridate.attacks import parse_attack
 from mithridate.datasets import LabelledImages
-from mithridate.defenses import Budget, Prediction, Resources, build_defence
+from mithridate.defenses import Budget, Prediction, Resources, build_defence, rmc_head
 from mithridate.defenses.rmc_head import HeadFit, RMCHeadConfig, fit_heads
 from mithridate.errors import BudgetExceededError, ModelError
 from mithridate.models import build_classifier
@@ -122,6 +122,16 @@ def test_predictions_equal_the_slow_loop(resources: Resources, clean: torch.Tens
     assert len(set(steps)) > 2  # the batch really did end at different times
 
 
+def test_a_large_request_is_fitted_in_parts_with_the_same_answers(
+    resources: Resources, attacked: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = predict("rmc", resources, attacked[:20])
+    monkeypatch.setattr(rmc_head, "_NUMBERS_AT_A_TIME", 250_000)  # seven images at a time
+    parts = predict("rmc", resources, attacked[:20])
+    torch.testing.assert_close(parts.scores, whole.scores, rtol=0, atol=1e-6)
+    assert parts.adaptations == whole.adaptations
+
+
 def test_a_network_without_a_head_says_what_to_use_instead(resources: Resources) -> None:
     headless = build_classifier("squeezenet1_1", num_classes=10, image_shape=(3, 32, 32))
     with pytest.raises(ModelError, match="use rmc:scope=all"):
@@ -216,15 +226,17 @@ def test_a_caller_who_leaves_stops_the_work_within_a_step(
     assert torch.isfinite(prediction.scores).all()
 
 
-def test_images_that_were_not_reached_are_answered_by_the_base_model(
+def test_an_image_that_was_begun_is_answered_and_one_that_was_not_is_not(
     resources: Resources, attacked: torch.Tensor
 ) -> None:
-    prediction = predict(SMALL_ALL, resources, attacked[:3], Budget(cancelled=allow(15)))
-    fates = [(fate.steps, fate.stop_reason) for fate in prediction.adaptations if fate is not None]
-    assert fates[0] == (12, "max_steps")
-    assert fates[1][1] == fates[2][1] == "cancelled"
-    assert fates[2] == (0, "cancelled")
-    torch.testing.assert_close(prediction.scores[2], prediction.base_scores[2])
+    """12 steps an image: after 15 looks at the budget the second is on its way, the third was never begun."""
+    prediction = predict(SMALL_ALL, resources, attacked[:2], Budget(cancelled=allow(15)))
+    first, second = (adaptation for adaptation in prediction.adaptations if adaptation is not None)
+    assert (first.steps, first.stop_reason) == (12, "max_steps")
+    assert second.steps < 12
+    assert second.stop_reason == "cancelled"
+    with pytest.raises(BudgetExceededError, match="cancelled"):
+        predict(SMALL_ALL, resources, attacked[:3], Budget(cancelled=allow(15)))
 
 
 @pytest.mark.parametrize("text", ["none", "webnn", "deepnn", "rmc", SMALL_ALL])
@@ -294,7 +306,7 @@ def test_an_attacker_who_knows_the_defence_does_better(
     resources: Resources, attacked: torch.Tensor, clean: torch.Tensor, labels: torch.Tensor
 ) -> None:
     """The surrogate is a path to the defended answer: PGD along it beats the static attack. No gain is for free."""
-    defence, count = build_defence("rmc", resources), 40
+    defence, count = build_defence("rmc", resources), 25
     budget, generator = Budget(), torch.Generator().manual_seed(0)
     found = parse_attack("pgd10", epsilon=Epsilon(32)).run(
         lambda images: defence.surrogate(images, generator=generator, budget=budget),

@@ -188,6 +188,7 @@ def nothing():
         ("their_nets:pair", ["returns a tuple", "one tensor of logits"]),
         ("their_nets:too_small", ["cannot take 1x8x8 images", "shapes"]),
         ("their_nets:no_weights", ["no layer with weights"]),
+        ("their_nets:speechless", ["cannot take 1x8x8 images", "AssertionError"]),
     ],
 )
 def test_a_bad_factory_is_refused(user_module: Callable[[str], str], factory: str, parts: list[str]) -> None:
@@ -201,6 +202,9 @@ def too_small(num_classes): return nn.Sequential(nn.Flatten(), nn.Linear(9, num_
 def no_weights(): return nn.Flatten()
 class Pair(nn.Sequential):
     def forward(self, x): return super().forward(x), x
+class Speechless(nn.Module):
+    def forward(self, x): assert x is None
+def speechless(): return Speechless()
 def pair(num_classes): return Pair(nn.Flatten(), nn.Linear(64, num_classes))
 """)
     with refused(*parts):

@@ -44,8 +44,8 @@ def headless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_without_a_head(serving: Serving, headless: Path, clean: list[bytes]) -> None:
     with serving(bundle=headless, arch=ARCH, defense="none") as client:
         offered = [entry["name"] for entry in client.get("/v1/defenses").json()["defenses"]]
-        assert offered == ["none", "rmc:scope=all", "webnn", "deepnn"]
-        check_problem(post(client, clean[0], defense="rmc"), 422, "'rmc' is not offered here", "rmc:scope=all")
+        assert offered == ["none", "webnn", "deepnn"]
+        check_problem(post(client, clean[0], defense="rmc"), 422, "'rmc' is not offered here", "webnn")
         check_problem(post(client, clean[0], defense="rmc:neighbors=9"), 422, "not offered here")
         assert predictions(post(client, clean[0], defense="webnn"))
     with pytest.raises(InputError, match="no head to adapt; use rmc:scope=all"):
