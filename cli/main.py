@@ -22,9 +22,11 @@ from mithridate.errors import MithridateError
 # The base of all errors in how a command was written; typer does not export it.
 UsageError = cast(type[typer.BadParameter], typer.BadParameter.__mro__[1])
 
-# Read when torch's thread pool is loaded. Threads that wait by spinning make everything tens of times slower as soon as
-# something else wants the cores (measured: 91 ms instead of 1.9 ms for one forward pass beside two busy processes).
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Read when torch's thread pool is loaded: how long its threads spin before they sleep. By default that is so long that
+# everything becomes tens of times slower once something else wants the cores (measured on 2 cores: 91 ms for a forward
+# pass of 2 ms); if they never spin, waking them costs more than a small adaptation (21 ms instead of 6).
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 app = typer.Typer(
     name="mithridate",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded: see cli/main.py
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch is loaded: see cli/main.py
 
 import pytest
 import torch

@@ -21,6 +21,9 @@ from mithridate.types import Images, Logits
 _SURROGATE_TEMPERATURE = 0.1
 """Of the mean squared distance to the neighbours: soft enough for a gradient, near enough to the vote."""
 
+_SURROGATE_NEIGHBORS, _SURROGATE_NUMBERS = 2048, 1_000_000
+"""How many exemplars the surrogate looks at: wide enough to see other classes, bounded for wide embeddings."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class NeighborVoteConfig:
@@ -53,7 +56,7 @@ class NeighborVote:
         with clock.phase("embed"):
             base = base_pass(classifier, images.to(classifier.device))
         with clock.phase("search"):
-            neighbors = self._search(base.embedding)
+            neighbors = self._search(base.embedding, self.config.neighbors)
         with clock.phase("predict"):
             votes = F.one_hot(self._labels(neighbors), base.logits.shape[1]).float().mean(1)
             described = describe_neighbors(neighbors, self.resources.exemplars)
@@ -66,26 +69,30 @@ class NeighborVote:
         )
 
     def surrogate(self, images: Images, *, generator: torch.Generator, budget: Budget) -> Logits:
-        """The soft vote: neighbours weighted by softmax(-distance^2 / temperature), differentiable in the query.
+        """Each class by its soft nearness, log sum exp(-distance^2 / temperature), differentiable in the query.
 
-        As in the ASK attack (Wang et al. 2021); the set of neighbours is held constant.
+        As in the ASK attack (Wang et al. 2021). More exemplars count than have a vote: where all that vote agree there
+        would be no gradient, and an attack would stop before it began. Which they are is held constant.
         """
         del generator
         budget.check()
         embedding = self.resources.classifier.embed(images)
+        wider = max(self.config.neighbors, min(_SURROGATE_NEIGHBORS, _SURROGATE_NUMBERS // embedding.shape[1]))
         with torch.no_grad():
-            neighbors = self._search(embedding)
+            neighbors = self._search(embedding, wider)
         points = self.resources.index.embeddings(neighbors.ids).to(embedding.device)  # [B, K, D]
         distances = (points - embedding[:, None]).square().sum(-1)  # [B, K]
-        temperature = _SURROGATE_TEMPERATURE * distances.detach().mean(1, keepdim=True) + 1e-12
-        weights = (-distances / temperature).softmax(1)
+        voting = distances.detach()[:, : self.config.neighbors]
+        nearness = -distances / (_SURROGATE_TEMPERATURE * voting.mean(1, keepdim=True) + 1e-12)
         classes = self.resources.classifier.spec.num_classes
-        votes = torch.einsum("bk,bkc->bc", weights, F.one_hot(self._labels(neighbors), classes).to(weights))
-        return votes.clamp_min(1e-12).log()
+        members = F.one_hot(self._labels(neighbors), classes).bool().to(embedding.device)  # [B, K, C]
+        floor = nearness.detach().min(1).values - 1.0  # a class that is nowhere near still has a finite logit
+        inside = nearness[:, :, None].masked_fill(~members, -torch.inf)
+        return torch.cat([inside, floor[:, None, None].expand(-1, 1, classes)], 1).logsumexp(1)
 
-    def _search(self, embedding: torch.Tensor) -> Neighbors:
+    def _search(self, embedding: torch.Tensor, count: int) -> Neighbors:
         clean = self.resources.exemplars.clean_count if self.kind == "deepnn" else None
-        return self.resources.index.search(embedding, self.config.neighbors, among_first=clean)
+        return self.resources.index.search(embedding, count, among_first=clean)
 
     def _labels(self, neighbors: Neighbors) -> torch.Tensor:
         return self.resources.exemplars.labels[neighbors.ids]
