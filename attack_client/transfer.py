@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from mithridate.attacks import parse_attack
-from mithridate.bundle import MANIFEST, Bundle
+from mithridate.bundle import Bundle
 from mithridate.datasets import LabelledImages
 from mithridate.errors import OptionError
 from mithridate.models import Classifier, load_classifier
@@ -42,7 +42,7 @@ class Crafted:
 
 def load_surrogate(path: Path, data: LabelledImages, *, arch: str | None = None) -> Surrogate:
     """A bundle directory or a model file. Raises BundleError, ModelError, or OptionError where it does not fit."""
-    if path.is_dir() or (path / MANIFEST).exists():
+    if path.is_dir():
         bundle = Bundle.open(path)
         if bundle.manifest.image_shape != data.image_shape or len(bundle.manifest.classes) != len(data.classes):
             raise OptionError(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from mithridate.datasets import LabelledImages
+    from mithridate.datasets import LabelledImages, Split
     from mithridate.types import Epsilon
 
 DatasetOption = Annotated[
@@ -48,15 +48,9 @@ def customary_epsilon(dataset: str, given: str | None) -> Epsilon:
 
 def use_threads(count: int | None) -> None:
     """Sets torch and FAISS to ``count`` threads, or as many as this process has cores."""
-    import os
+    from mithridate.devices import use_threads
 
-    import torch
-
-    from mithridate.neighbors import set_search_threads
-
-    count = count or len(os.sched_getaffinity(0))
-    torch.set_num_threads(count)
-    set_search_threads(count)
+    use_threads(count)
 
 
 def check_device(name: str) -> str:
@@ -68,7 +62,9 @@ def check_device(name: str) -> str:
 
 def allow_local_code(arch: str | None) -> None:
     """A user's factory may lie in the current directory, as with ``python -m``."""
-    if arch and ":" in arch:
+    from mithridate.models import is_factory
+
+    if arch and is_factory(arch):
         sys.path.insert(0, str(Path.cwd()))
 
 
@@ -78,7 +74,7 @@ def load_data(
     data_root: Path | None,
     download: bool,
     image_size: int | None,
-    split: str = "train",
+    split: Split = "train",
 ) -> LabelledImages:
     """The data set; ``split`` counts where the specification names none."""
     from mithridate.datasets import load_dataset
@@ -87,6 +83,6 @@ def load_data(
         spec,
         data_root=data_root,
         download=download,
-        default_split="test" if split == "test" else "train",
+        default_split=split,
         image_size=image_size,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from index_builder.progress import Progress, silent
 from index_builder.training import TrainingPlan, train_classifier
-from index_builder.workspace import Workspace, open_workspace
+from index_builder.workspace import Workspace, open_workspace, plan_changes
 from mithridate import __version__
 from mithridate.attacks import PGD, parse_attack
 from mithridate.bundle import (
@@ -97,8 +97,6 @@ class BuildPlan:
         """How the model is trained, or None where one is given."""
         if self.model is not None:
             return None
-        from dataclasses import replace
-
         return replace(self.training, arch=self.arch or self.training.arch, seed=self.seed)
 
     def fingerprint(self) -> dict[str, Any]:
@@ -187,9 +185,8 @@ def finished_bundle(plan: BuildPlan) -> Bundle | None:
     bundle = Bundle.open(plan.out)
     before = {**bundle.manifest.plan, "index": bundle.manifest.index}
     now = {**plan.fingerprint(), "index": resolve_factory(plan.index)}
-    changed = [key for key in now if key not in _VERSIONS and before.get(key) != now[key]]
-    if changed:
-        seen = "; ".join(f"{key} was {before.get(key)!r}, now {now[key]!r}" for key in changed)
+    seen = plan_changes(before, {key: value for key, value in now.items() if key not in _VERSIONS})
+    if seen:
         raise BuildError(
             f"{plan.out} is finished, but of another plan ({seen}); choose another name or remove it first"
         )
@@ -289,7 +286,7 @@ def _assemble(plan: BuildPlan, workspace: Workspace, classifier: Classifier, pro
 def _manifest(
     plan: BuildPlan, workspace: Workspace, classifier: Classifier, predictions: NDArray[np.int32]
 ) -> Manifest:
-    layout, spec = plan.layout, classifier.spec
+    layout, spec, options = plan.layout, classifier.spec, plan.fingerprint()
     names = [layout.shard_path(c, s) for c, s in layout.shards]
     names += [MODEL, LABELS, PREDICTIONS, EMBEDDINGS, INDEX, *([FEATURES] if workspace.has(FEATURES) else [])]
     correct = (predictions.reshape(len(layout.copies), -1) == plan.data.labels).sum(1)
@@ -297,7 +294,7 @@ def _manifest(
     return Manifest(
         schema_version=SCHEMA_VERSION,
         name=plan.name or f"{plan.data.spec.split(':')[0].split('[')[0]}-{spec.arch}",
-        dataset=DatasetEntry(spec=plan.data.spec, fingerprint=plan.data.fingerprint(), images=len(plan.data)),
+        dataset=DatasetEntry(spec=plan.data.spec, fingerprint=options["dataset"], images=len(plan.data)),
         classes=plan.data.classes,
         image_shape=plan.data.image_shape,
         resize=plan.resize,
@@ -306,7 +303,7 @@ def _manifest(
         seed=plan.seed,
         shard_size=plan.shard_size,
         index=resolve_factory(plan.index),
-        plan=plan.fingerprint(),
+        plan=options,
         built_with={
             "mithridate": __version__,
             "torch": torch.__version__,

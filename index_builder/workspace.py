@@ -158,10 +158,15 @@ def _check_leftovers(path: Path, out: Path, plan: dict[str, Any], *, resume: boo
         before = json.loads((path / _PLAN).read_bytes())
     except ValueError as error:
         raise BuildError(f"{path / _PLAN} is not readable ({error}); remove {path} to start anew") from error
-    changed = [key for key in plan if before.get(key) != plan[key]]
-    if changed:
-        seen = "; ".join(f"{key} was {before.get(key)!r}, now {plan[key]!r}" for key in changed)
+    seen = plan_changes(before, plan)
+    if seen:
         raise BuildError(f"the interrupted build in {path} had another plan ({seen}); remove it or build as before")
+
+
+def plan_changes(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """What is not as it was, in words; empty where nothing is."""
+    changed = [key for key in now if before.get(key) != now[key]]
+    return "; ".join(f"{key} was {before.get(key)!r}, now {now[key]!r}" for key in changed)
 
 
 def _resume_published(path: Path, out: Path, *, resume: bool) -> None:

@@ -1,10 +1,13 @@
-"""Where torch computes."""
+"""Where torch and FAISS compute, and on how many threads."""
 
 from __future__ import annotations
+
+import os
 
 import torch
 
 from mithridate.errors import OptionError
+from mithridate.neighbors import set_search_threads
 
 
 def resolve_device(name: str) -> torch.device:
@@ -20,3 +23,10 @@ def resolve_device(name: str) -> torch.device:
             f"device {name!r} cannot be used here ({reason}); allowed: cpu, or cuda with a GPU"
         ) from error
     return device
+
+
+def use_threads(count: int | None) -> None:
+    """Sets torch and FAISS to ``count`` threads, or as many as this process has cores."""
+    count = count or len(os.sched_getaffinity(0))
+    torch.set_num_threads(count)
+    set_search_threads(count)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import secrets
 import threading
 import time
@@ -25,9 +24,8 @@ from mithridate.defenses import (
     describe_defence,
     parse_defence,
 )
-from mithridate.devices import resolve_device
+from mithridate.devices import resolve_device, use_threads
 from mithridate.errors import BudgetExceededError, ModelError, OptionError
-from mithridate.neighbors import set_search_threads
 from mithridate.types import to_images
 from service.settings import Settings
 
@@ -102,9 +100,7 @@ class Engine:
 
     def _load(self) -> Loaded:
         settings = self._settings
-        threads = settings.threads or len(os.sched_getaffinity(0))
-        torch.set_num_threads(threads)
-        set_search_threads(threads)
+        use_threads(settings.threads)
         bundle = Bundle.open(settings.bundle)
         resources = Resources.load(bundle, device=resolve_device(settings.device), allow_factory=settings.arch)
         offered = settings.offered if resources.classifier.has_head else _without_head(settings)

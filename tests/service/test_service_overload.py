@@ -49,6 +49,7 @@ def keep_busy(
     slow = threads.submit(post, client, file, defense=SLOW, deadline_ms=1000 * seconds)
     while in_flight(client) == 0:
         time.sleep(0.01)
+    time.sleep(0.1)  # admitted, but perhaps still being decoded: a request sent now could reach the engine first
     return slow
 
 
