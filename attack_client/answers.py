@@ -20,17 +20,44 @@ class Scored(BaseModel):
 
 
 class ImageAnswer(Scored):
-    """The answer for one image; ``undefended`` is what the base model alone would have said."""
+    """The answer for one image; ``undefended`` is what the base model alone would have said.
+
+    ``abstained``: the label is the defence's best guess, but it does not stand by it.
+    """
 
     top: tuple[Scored, ...]
     undefended: Scored
     suspicious: bool
+    abstained: bool = False
     adaptation: dict[str, Any] | None
     neighbors: tuple[dict[str, Any], ...] | None = None
 
+    @property
+    def answered_from(self) -> str | None:
+        """``"adapted"`` or ``"base"`` weights; None where nothing adapts or the service does not say."""
+        weights = (self.adaptation or {}).get("answered_from")
+        return weights if isinstance(weights, str) else None
+
+    @property
+    def held_out_loss(self) -> tuple[float, float] | None:
+        """Before and after adaptation; None where none was held out or the service does not say."""
+        match (self.adaptation or {}).get("held_out_loss"):
+            case {"before": float() | int() as before, "after": float() | int() as after}:
+                return float(before), float(after)
+        return None
+
+
+class BatchSize(BaseModel):
+    """How many requests and images were answered together."""
+
+    model_config = ConfigDict(frozen=True)
+
+    requests: int
+    images: int
+
 
 class Answer(BaseModel):
-    """The answer to one request."""
+    """The answer to one request; ``batch`` is None where the service does not say."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -38,6 +65,7 @@ class Answer(BaseModel):
     bundle: dict[str, str]
     defense: str
     predictions: Annotated[tuple[ImageAnswer, ...], Field(min_length=1)]
+    batch: BatchSize | None = None
     timings_ms: dict[str, float]
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -18,13 +19,25 @@ def build(
     model: Annotated[Path | None, typer.Option(help="Weights (.safetensors); without, small-cnn is trained")] = None,
     arch: shared.ArchOption = None,
     attack: Annotated[
-        list[str] | None, typer.Option(help="Copies to make: pgdN or fgsm; repeat (default: pgd10 pgd30 pgd100)")
+        list[str] | None,
+        typer.Option(
+            help="Copies to make: pgdN or fgsm, or pgdN@rmc to attack a defence that has the copies before; repeat "
+            "(default: pgd10 pgd30 pgd100)"
+        ),
     ] = None,
     epsilon: shared.EpsilonOption = None,
     index: Annotated[str, typer.Option(help="auto (exact), or a FAISS factory string")] = "auto",
+    metric: Annotated[str, typer.Option(help="What nearest means: l2, cosine or ip (inner product)")] = "l2",
     embedding_layer: Annotated[
         str, typer.Option(help="Layer to search with; auto is what feeds the last linear layer")
     ] = "auto",
+    tail_layer: Annotated[
+        str | None,
+        typer.Option(
+            help="Store activations for rmc:scope=tail at this layer; auto is the last that leaves something to train "
+            "besides the last linear layer (default: none)"
+        ),
+    ] = None,
     mean: Annotated[str | None, typer.Option(help="Normalisation, as 0.485,0.456,0.406 (default: as trained)")] = None,
     std: Annotated[str | None, typer.Option(help="Normalisation, as 0.229,0.224,0.225 (default: as trained)")] = None,
     name: Annotated[str | None, typer.Option(help="What answers will call it (default: data set and arch)")] = None,
@@ -54,9 +67,11 @@ def build(
         mean=_numbers("--mean", mean),
         std=_numbers("--std", std),
         embedding_layer=embedding_layer,
+        tail_layer=tail_layer,
         attacks=tuple(attack or PUBLISHED_ATTACKS),
         epsilon=radius,
         index=index,
+        metric=cast(Any, metric),
         name=name,
         resize="exact" if image_size is None else "center-crop",
         seed=seed,
@@ -84,13 +99,20 @@ def build(
         [
             ["images", str(summary.images)],
             ["exemplars", f"{summary.exemplars} ({1 + len(plan.attacks)} copies, epsilon {radius})"],
-            ["embedding", f"{summary.embedding_dim} numbers"],
+            ["embedding", f"{summary.embedding_dim} numbers, {metric}"],
+            *_activation(summary.activation, summary.exemplars),
             *rows,
             ["seconds", f"{summary.seconds:.1f}"],
             ["size", size(summary.bytes)],
             ["digest", summary.digest[:23] + "..."],
         ],
     )
+
+
+def _activation(shape: tuple[int, ...] | None, exemplars: int) -> list[list[str]]:
+    if shape is None:
+        return []
+    return [["activation", f"{'x'.join(map(str, shape))} float16, {size(2 * math.prod(shape) * exemplars)} in all"]]
 
 
 def _numbers(option: str, text: str | None) -> tuple[float, ...] | None:

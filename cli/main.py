@@ -10,6 +10,7 @@ from typing import NoReturn, cast
 import typer
 
 from cli.attack import attack
+from cli.bench import bench
 from cli.build import build
 from cli.demo import demo
 from cli.predict import predict
@@ -36,7 +37,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help: loading rich would cost more than everything else
     pretty_exceptions_enable=False,
 )
-for command in (train, build, verify, serve, predict, attack, demo):
+for command in (train, build, verify, serve, predict, attack, bench, demo):
     app.command()(command)
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cli import options as shared
 from cli.output import percent, print_json, print_table
+
+if TYPE_CHECKING:
+    from service.schemas import ImagePrediction
 
 
 def predict(
@@ -68,13 +71,23 @@ def predict(
             }
         )
         return
-    rows = []
-    for path, report in zip(images, reports, strict=True):
-        adaptation = report.adaptation
-        answer = ", ".join(f"{s.label} ({percent(s.confidence)})" for s in report.top)
-        undefended = f"{report.undefended.label} ({percent(report.undefended.confidence)})"
-        steps = f"{adaptation.steps} ({adaptation.stop_reason})" if adaptation else "-"
-        rows.append([path.name, answer, undefended, "yes" if report.suspicious else "no", steps])
+    rows = [[path.name, *_describe(report)] for path, report in zip(images, reports, strict=True)]
     print_table(
         f"{chosen.name} on {manifest.name}", ["image", "answer", "undefended", "suspicious", "adaptation steps"], rows
     )
+
+
+def _describe(report: ImagePrediction) -> list[str]:
+    """The cells of one image: answer, what the base model says, whether they differ, what adaptation did."""
+    answer = ", ".join(f"{scored.label} ({percent(scored.confidence)})" for scored in report.top)
+    steps = "-"
+    if report.adaptation:
+        steps = f"{report.adaptation.steps} ({report.adaptation.stop_reason})"
+        if report.adaptation.answered_from == "base":
+            steps += ", base weights"
+    return [
+        f"abstained: {answer}" if report.abstained else answer,
+        f"{report.undefended.label} ({percent(report.undefended.confidence)})",
+        "yes" if report.suspicious else "no",
+        steps,
+    ]

@@ -23,6 +23,9 @@ def serve(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... (default: cpu)")] = None,
     threads: shared.ThreadsOption = None,
     max_images: Annotated[int | None, typer.Option(help="Images in one request (default: 64)")] = None,
+    max_batch_images: Annotated[
+        int | None, typer.Option(help="Images answered together where requests wait (default: 64)")
+    ] = None,
     queue_size: Annotated[int | None, typer.Option(help="Requests admitted at once (default: 64)")] = None,
     deadline_ms: Annotated[float | None, typer.Option(help="Longest time for an answer (default: 30000)")] = None,
     drain_seconds: Annotated[
@@ -48,6 +51,7 @@ def serve(
             device=device,
             threads=threads,
             max_images=max_images,
+            max_batch_images=max_batch_images,
             queue_size=queue_size,
             deadline_ms=deadline_ms,
             drain_seconds=drain_seconds,

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
+import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 import torch
 import torchvision
 from numpy.typing import NDArray
 
+from index_builder.attackers import check_defences, open_attacker
+from index_builder.plan import PUBLISHED_ATTACKS, BuildPlan, CopyPlan
 from index_builder.progress import Progress, silent
-from index_builder.training import TrainingPlan, train_classifier
+from index_builder.shards import PARTS, join, make_shard, parts_of
+from index_builder.training import train_classifier
 from index_builder.workspace import Workspace, open_workspace, plan_changes
 from mithridate import __version__
-from mithridate.attacks import PGD, parse_attack
 from mithridate.bundle import (
+    ACTIVATIONS,
     EMBEDDINGS,
     FEATURES,
     INDEX,
@@ -36,93 +37,21 @@ from mithridate.bundle import (
     ModelEntry,
     sha256_of,
 )
-from mithridate.datasets import LabelledImages
-from mithridate.errors import BuildError, OptionError
-from mithridate.exemplars import CLEAN, Layout
+from mithridate.errors import BuildError
 from mithridate.models import Classifier, load_classifier, save_weights
-from mithridate.models.splitting import DEFAULT_LAYER
-from mithridate.neighbors import AUTO, NeighborIndex, resolve_factory
-from mithridate.types import Epsilon, to_images
+from mithridate.neighbors import NeighborIndex, resolve_factory
 
-PUBLISHED_ATTACKS = ("pgd10", "pgd30", "pgd100")
-"""The three adversarial copies of the RMC paper."""
+__all__ = ["PUBLISHED_ATTACKS", "BuildPlan", "BuildSummary", "build_bundle", "finished_bundle"]
 
-_PARTS = "parts"
 _VERSIONS = ("mithridate", "torch")
 
 
 @dataclass(frozen=True, kw_only=True)
-class BuildPlan:
-    """Everything that decides what the bundle will be.
-
-    ``model`` None trains ``arch`` first (small-cnn where that is not given either). ``shard_size`` images are attacked,
-    stored and, after a kill, kept together; ``batch_size`` of them at a time.
-    """
-
-    data: LabelledImages
-    out: Path
-    model: Path | None = None
-    arch: str | None = None
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    embedding_layer: str = DEFAULT_LAYER
-    attacks: Sequence[str] = PUBLISHED_ATTACKS
-    epsilon: Epsilon = Epsilon(8)
-    index: str = AUTO
-    name: str | None = None
-    resize: Literal["exact", "center-crop"] = "exact"
-    training: TrainingPlan = field(default_factory=TrainingPlan)
-    seed: int = 0
-    shard_size: int = 512
-    batch_size: int = 64
-    device: str = "cpu"
-
-    def __post_init__(self) -> None:
-        if len(set(self.attacks)) != len(self.attacks):
-            raise OptionError(f"an attack is named twice in {', '.join(self.attacks)}; name each once")
-        if not 1 <= self.batch_size <= self.shard_size:
-            raise OptionError(f"batch size {self.batch_size} must be from 1 to the shard size, {self.shard_size}")
-        self.parsed_attacks()
-
-    def parsed_attacks(self) -> tuple[PGD, ...]:
-        """The attacks themselves. Raises OptionError for one that does not exist."""
-        return tuple(parse_attack(name, epsilon=self.epsilon) for name in self.attacks)
-
-    @property
-    def layout(self) -> Layout:
-        """How the exemplars will be numbered."""
-        return Layout(sources=len(self.data), copies=(CLEAN, *self.attacks), shard_size=self.shard_size)
-
-    def resolved_training(self) -> TrainingPlan | None:
-        """How the model is trained, or None where one is given."""
-        if self.model is not None:
-            return None
-        return replace(self.training, arch=self.arch or self.training.arch, seed=self.seed)
-
-    def fingerprint(self) -> dict[str, Any]:
-        """What must not change between an interrupted build and its resumption."""
-        return {
-            "mithridate": __version__,
-            "torch": torch.__version__,
-            "dataset": self.data.fingerprint(),
-            "spec": self.data.spec,
-            "model": sha256_of(self.model) if self.model else repr(self.resolved_training()),
-            "arch": self.arch,
-            "normalisation": [list(part) if part else None for part in (self.mean, self.std)],
-            "embedding_layer": self.embedding_layer,
-            "attacks": list(self.attacks),
-            "epsilon": str(self.epsilon),
-            "name": self.name,
-            "resize": self.resize,
-            "seed": self.seed,
-            "shard_size": self.shard_size,
-            "batch_size": self.batch_size,
-        }
-
-
-@dataclass(frozen=True, kw_only=True)
 class BuildSummary:
-    """What a build did. ``accuracy`` of the base model by copy; ``seconds`` of this run only."""
+    """What a build did. ``accuracy`` of the base model by copy; ``seconds`` of this run only.
+
+    ``activation`` is the shape of what is stored for the tail scope of one exemplar, None where nothing is.
+    """
 
     path: Path
     digest: str
@@ -131,6 +60,7 @@ class BuildSummary:
     exemplars: int
     accuracy: dict[str, float]
     embedding_dim: int
+    activation: tuple[int, ...] | None
     seconds: float
     bytes: int
 
@@ -141,14 +71,13 @@ def build_bundle(plan: BuildPlan, *, resume: bool = False, progress: Progress = 
     Raises BuildError where it cannot start or go on, ModelError or OptionError for what does not fit.
     """
     started = time.monotonic()
-    _check(plan)
-    needed = _estimate_bytes(plan)
+    needed = _estimate_bytes(plan, _check(plan))
     with open_workspace(plan.out, plan.fingerprint(), resume=resume, needed_bytes=needed) as workspace:
         if workspace.has(MANIFEST):
             _check_finished(plan, workspace)
         else:
             _fill(plan, workspace, progress)
-        workspace.discard(_PARTS)
+        workspace.discard(PARTS)
         workspace.publish()
     bundle = Bundle.open(plan.out, verify=False)  # every byte was just written and hashed here
     manifest = bundle.manifest
@@ -160,21 +89,34 @@ def build_bundle(plan: BuildPlan, *, resume: bool = False, progress: Progress = 
         exemplars=len(manifest.layout),
         accuracy={copy.name: copy.base_correct / manifest.dataset.images for copy in manifest.copies},
         embedding_dim=bundle.embeddings.shape[1],
+        activation=_activation_shape(plan.out),
         seconds=time.monotonic() - started,
         bytes=sum(entry.bytes for entry in manifest.files.values()) + len(manifest.encode()),
     )
 
 
+def _activation_shape(bundle: Path) -> tuple[int, ...] | None:
+    """From the file's header: reading all of it once more would be slow."""
+    if not (bundle / ACTIVATIONS).is_file():
+        return None
+    shape: tuple[int, ...] = np.load(bundle / ACTIVATIONS, mmap_mode="r", allow_pickle=False).shape[1:]
+    return shape
+
+
 def _fill(plan: BuildPlan, workspace: Workspace, progress: Progress) -> None:
     classifier = _model(plan, workspace, progress)
     layout, total = plan.layout, len(plan.layout)
-    attacks: tuple[PGD | None, ...] = (None, *plan.parsed_attacks())
-    for copy, attack in enumerate(attacks):
-        for shard in range(layout.shards_per_copy):
-            rows = layout.rows(shard)
-            if not workspace.has(layout.shard_path(copy, shard)):
-                _make_shard(plan, workspace, classifier, attack, copy, shard)
-            progress(f"attack {attack.name}" if attack else "embed", copy * layout.sources + rows.stop, total)
+    for number, copy in enumerate(plan.copies()):
+        missing = [s for s in range(layout.shards_per_copy) if not workspace.has(layout.shard_path(number, s))]
+        phase = f"attack {copy.name}" if copy.attack else "embed"
+        if not missing:
+            progress(phase, (number + 1) * layout.sources, total)
+            continue
+        with open_attacker(plan, workspace, classifier, number) as attacker:
+            for shard in range(layout.shards_per_copy):
+                if shard in missing:
+                    make_shard(plan, workspace, classifier, attacker, number, shard)
+                progress(phase, number * layout.sources + layout.rows(shard).stop, total)
     _assemble(plan, workspace, classifier, progress)
 
 
@@ -200,12 +142,17 @@ def _check_finished(plan: BuildPlan, workspace: Workspace) -> None:
         raise BuildError(f"{workspace.path} is finished, with index {seen!r}; resume with --index {seen}")
 
 
-def _check(plan: BuildPlan) -> None:
-    """Says what is wrong with the model or the index before any work is done and anything is written."""
+def _check(plan: BuildPlan) -> int:
+    """Says what is wrong with the model, the index or a defence before any work is done and anything is written.
+
+    Gives how many numbers an activation has, 0 where none are stored.
+    """
     classifier = _load(plan, plan.model)
     with torch.no_grad():
-        embedding = classifier.embed(torch.zeros(1, *plan.data.image_shape))
-    NeighborIndex.check_factory(plan.index, embedding.shape[1])
+        trace = classifier.trace(torch.zeros(1, *plan.data.image_shape))
+    NeighborIndex.check_factory(plan.index, trace.embedding.shape[1], plan.metric)
+    check_defences(plan, classifier)
+    return 0 if trace.activation is None else math.prod(trace.activation.shape)
 
 
 def _model(plan: BuildPlan, workspace: Workspace, progress: Progress) -> Classifier:
@@ -233,50 +180,23 @@ def _load(plan: BuildPlan, path: Path | None) -> Classifier:
         mean=plan.mean,
         std=plan.std,
         embedding_layer=plan.embedding_layer,
+        tail_layer=plan.tail_layer,
     )
-
-
-def _make_shard(
-    plan: BuildPlan, workspace: Workspace, classifier: Classifier, attack: PGD | None, copy: int, shard: int
-) -> None:
-    """Attacks and embeds one shard. The pixels are written last: where they are, the rest is."""
-    clean = torch.from_numpy(plan.data.images[plan.layout.rows(shard)])
-    generator = torch.Generator().manual_seed(_shard_seed(plan, copy, shard))
-    pixels, results = [], []
-    for batch in torch.split(clean, plan.batch_size):
-        batch = batch.to(plan.device)
-        if attack is not None:
-            with torch.no_grad():
-                predicted = classifier(to_images(batch)).argmax(1)  # untargeted on its own answer: no label leaks
-            batch = attack.run(classifier, batch, predicted, generator=generator)
-        with torch.no_grad():
-            images = to_images(batch)
-            embedding, head_input = classifier.features(images)
-            predictions = (classifier.head(head_input) if classifier.has_head else classifier(images)).argmax(1)
-        pixels.append(batch.cpu())
-        results.append((embedding.cpu(), head_input.cpu(), predictions.int().cpu()))
-    embeddings, features, answers = (torch.cat(column).numpy() for column in zip(*results, strict=True))
-    path = plan.layout.shard_path(copy, shard)
-    workspace.write_array(_part(EMBEDDINGS, path), embeddings)
-    if _separate_features(classifier):
-        workspace.write_array(_part(FEATURES, path), features)
-    workspace.write_array(_part(PREDICTIONS, path), answers)
-    workspace.write_array(path, torch.cat(pixels).numpy())
 
 
 def _assemble(plan: BuildPlan, workspace: Workspace, classifier: Classifier, progress: Progress) -> None:
     """Joins the parts, builds the index, and writes the manifest last."""
     progress("index", 0, 1)
-    embeddings = _join(plan, workspace, EMBEDDINGS)
-    if not np.isfinite(embeddings).all():
-        raise BuildError("the model gives NaN or infinite embeddings for some training images; check its weights")
-    predictions = _join(plan, workspace, PREDICTIONS)
-    if _separate_features(classifier):
-        workspace.write_array(FEATURES, _join(plan, workspace, FEATURES))
+    embeddings = join(plan, workspace, EMBEDDINGS)
+    predictions = join(plan, workspace, PREDICTIONS)
     workspace.write_array(EMBEDDINGS, embeddings)
     workspace.write_array(PREDICTIONS, predictions)
     workspace.write_array(LABELS, plan.data.labels.astype(np.int64))
-    index = NeighborIndex.build(embeddings, factory=plan.index)
+    for name in (FEATURES, ACTIVATIONS):
+        parts = parts_of(plan, name)
+        if workspace.has(parts[0]) and not workspace.has(name):
+            workspace.join_arrays(name, parts)
+    index = NeighborIndex.build(embeddings, factory=plan.index, metric=plan.metric)
     with workspace.writing(INDEX) as path:
         index.write(path)
     progress("index", 1, 1)
@@ -288,9 +208,9 @@ def _manifest(
 ) -> Manifest:
     layout, spec, options = plan.layout, classifier.spec, plan.fingerprint()
     names = [layout.shard_path(c, s) for c, s in layout.shards]
-    names += [MODEL, LABELS, PREDICTIONS, EMBEDDINGS, INDEX, *([FEATURES] if workspace.has(FEATURES) else [])]
+    names += [MODEL, LABELS, PREDICTIONS, EMBEDDINGS, INDEX]
+    names += [name for name in (FEATURES, ACTIVATIONS) if workspace.has(name)]
     correct = (predictions.reshape(len(layout.copies), -1) == plan.data.labels).sum(1)
-    attacks: tuple[PGD | None, ...] = (None, *plan.parsed_attacks())
     return Manifest(
         schema_version=SCHEMA_VERSION,
         name=plan.name or f"{plan.data.spec.split(':')[0].split('[')[0]}-{spec.arch}",
@@ -298,11 +218,18 @@ def _manifest(
         classes=plan.data.classes,
         image_shape=plan.data.image_shape,
         resize=plan.resize,
-        model=ModelEntry(arch=spec.arch, mean=spec.mean, std=spec.std, embedding_layer=spec.embedding_layer),
-        copies=tuple(_copy_entry(a, int(n)) for a, n in zip(attacks, correct, strict=True)),
+        model=ModelEntry(
+            arch=spec.arch,
+            mean=spec.mean,
+            std=spec.std,
+            embedding_layer=spec.embedding_layer,
+            tail_layer=spec.tail_layer,
+        ),
+        copies=tuple(_copy_entry(c, int(n)) for c, n in zip(plan.copies(), correct, strict=True)),
         seed=plan.seed,
         shard_size=plan.shard_size,
         index=resolve_factory(plan.index),
+        metric=plan.metric,
         plan=options,
         built_with={
             "mithridate": __version__,
@@ -316,40 +243,25 @@ def _manifest(
     )
 
 
-def _copy_entry(attack: PGD | None, correct: int) -> CopyEntry:
+def _copy_entry(copy: CopyPlan, correct: int) -> CopyEntry:
+    attack = copy.attack
     if attack is None:
-        return CopyEntry(name=CLEAN, base_correct=correct)
+        return CopyEntry(name=copy.name, base_correct=correct)
     return CopyEntry(
-        name=attack.name,
+        name=copy.name,
         epsilon=str(attack.epsilon),
         steps=attack.steps,
         step_size=attack.step_size,
         random_start=attack.random_start,
+        defense=copy.defense,
         base_correct=correct,
     )
 
 
-def _join(plan: BuildPlan, workspace: Workspace, name: str) -> NDArray[Any]:
-    layout = plan.layout
-    paths = [layout.shard_path(c, s) for c, s in layout.shards]
-    return np.concatenate([np.load(workspace.path / _part(name, path), allow_pickle=False) for path in paths])
+def _estimate_bytes(plan: BuildPlan, activation_numbers: int) -> int:
+    """The pixels and activations of all copies: a lower bound, so that it never refuses wrongly.
 
-
-def _part(name: str, shard_path: str) -> str:
-    return f"{_PARTS}/{Path(shard_path).stem}-{name}"
-
-
-def _separate_features(classifier: Classifier) -> bool:
-    """Whether the head's input is something else than what the index is searched with."""
-    return classifier.has_head and classifier.spec.embedding_layer != DEFAULT_LAYER
-
-
-def _shard_seed(plan: BuildPlan, copy: int, shard: int) -> int:
-    """Each shard has randomness of its own, so it does not matter which were made before a kill."""
-    text = f"{plan.seed}/{plan.layout.copies[copy]}/{shard}".encode()
-    return int.from_bytes(hashlib.sha256(text).digest()[:7], "big")
-
-
-def _estimate_bytes(plan: BuildPlan) -> int:
-    """The pixels of all copies: a lower bound, so that it never refuses wrongly."""
-    return plan.data.images.nbytes * len(plan.layout.copies)
+    Activations count twice: until they are joined their parts are kept, to go on from.
+    """
+    activations = len(plan.layout) * activation_numbers * np.dtype(np.float16).itemsize
+    return plan.data.images.nbytes * len(plan.layout.copies) + 2 * activations

@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,9 @@ from mithridate.errors import BuildError
 
 _PLAN = "plan.json"
 _TEMPORARY = ".partial"
+
+_BEFORE_THERE_WAS: dict[str, Any] = {"metric": "l2", "tail_layer": None}
+"""What a plan that does not mention it meant."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,23 @@ class Workspace:
             array = np.ascontiguousarray(array)
             np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
             file.write(array.data)
+
+    def join_arrays(self, name: str, parts: Sequence[str]) -> None:
+        """A ``.npy`` file of the rows of ``parts``, in that order. Holds one part at a time, memory-mapped.
+
+        Written as a stream, not through a map of the whole: where the disk is full, that would end the process.
+        """
+        first = self._mapped(parts[0])
+        header = np.lib.format.header_data_from_array_1_0(first)
+        header["shape"] = (sum(len(self._mapped(part)) for part in parts), *first.shape[1:])
+        with self.writing(name) as path, path.open("wb") as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            for part in parts:
+                file.write(self._mapped(part).data)
+
+    def _mapped(self, name: str) -> NDArray[Any]:
+        array: NDArray[Any] = np.load(self.path / name, mmap_mode="r", allow_pickle=False)
+        return array
 
     def write_bytes(self, name: str, content: bytes) -> None:
         """A file of exactly these bytes."""
@@ -165,6 +185,7 @@ def _check_leftovers(path: Path, out: Path, plan: dict[str, Any], *, resume: boo
 
 def plan_changes(before: dict[str, Any], now: dict[str, Any]) -> str:
     """What is not as it was, in words; empty where nothing is."""
+    before = {**_BEFORE_THERE_WAS, **before}
     changed = [key for key in now if before.get(key) != now[key]]
     return "; ".join(f"{key} was {before.get(key)!r}, now {now[key]!r}" for key in changed)
 

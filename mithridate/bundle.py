@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
+from types import EllipsisType
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
@@ -27,6 +28,7 @@ from mithridate.errors import BundleError
 from mithridate.exemplars import CLEAN, ExemplarStore, Layout
 from mithridate.models import Classifier, is_factory, load_classifier
 from mithridate.neighbors import NeighborIndex
+from mithridate.tuning import TUNING, read_tuning
 
 SCHEMA_VERSION: Literal[1] = 1
 MANIFEST = "manifest.json"
@@ -35,6 +37,7 @@ LABELS = "labels.npy"
 PREDICTIONS = "predictions.npy"
 EMBEDDINGS = "embeddings.npy"
 FEATURES = "features.npy"
+ACTIVATIONS = "activations.npy"
 INDEX = "index.faiss"
 CARD = "card.json"
 
@@ -58,6 +61,7 @@ class ModelEntry(_Frozen):
     mean: Annotated[tuple[FiniteFloat, ...], Field(min_length=1)]
     std: Annotated[tuple[Annotated[FiniteFloat, Field(gt=0)], ...], Field(min_length=1)]
     embedding_layer: str
+    tail_layer: str | None = None  # where the activations of ACTIVATIONS were taken
 
 
 class CopyEntry(_Frozen):
@@ -68,6 +72,7 @@ class CopyEntry(_Frozen):
     steps: int | None = None
     step_size: float | None = None
     random_start: bool | None = None
+    defense: str | None = None  # what the attack ran against, with the copies before this one; None: the base model
     base_correct: Annotated[int, Field(ge=0)]  # images of this copy that the base model classifies correctly
 
 
@@ -92,6 +97,7 @@ class Manifest(_Frozen):
     seed: int
     shard_size: Annotated[int, Field(gt=0)]
     index: str
+    metric: Literal["l2", "cosine", "ip"] = "l2"
     plan: dict[str, Any]  # every option that the bundle depends on, as the build had it
     built_with: dict[str, str]
     files: dict[str, FileEntry]
@@ -113,6 +119,8 @@ class Manifest(_Frozen):
             raise ValueError("two classes have one name")
         if any(copy.base_correct > self.dataset.images for copy in self.copies):
             raise ValueError("more images classified correctly than there are")
+        if (self.model.tail_layer is None) != (ACTIVATIONS not in self.files):
+            raise ValueError(f"model.tail_layer is {self.model.tail_layer!r}, but {ACTIVATIONS} does not go with that")
         return self
 
     @property
@@ -122,8 +130,18 @@ class Manifest(_Frozen):
         return Layout(sources=self.dataset.images, copies=names, shard_size=self.shard_size)
 
     def encode(self) -> bytes:
-        """The bytes of the file; their sha256 is the bundle's digest."""
-        return (json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True) + "\n").encode()
+        """The bytes of the file; their sha256 is the bundle's digest.
+
+        What earlier builds did not know is left out where it is as it was then, so that their bytes stay the same.
+        """
+        content = self.model_dump(mode="json")
+        for entry, key, usual in [(content, "metric", "l2"), (content["model"], "tail_layer", None)]:
+            if entry[key] == usual:
+                del entry[key]
+        for copy in content["copies"]:
+            if copy["defense"] is None:
+                del copy["defense"]
+        return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
 
 
 @dataclass(frozen=True)
@@ -158,8 +176,12 @@ class Bundle:
             elif sha256_of(file) != entry.sha256:
                 yield f"{name} has been changed (its sha256 is not the manifest's)"
         present = {file.relative_to(self.path).as_posix() for file in self.path.rglob("*") if file.is_file()}
-        for name in sorted(present - set(listed) - {MANIFEST, CARD}):
+        for name in sorted(present - set(listed) - {MANIFEST, CARD, TUNING}):
             yield f"{name} is not listed in the manifest"
+        try:
+            read_tuning(self.path, self.digest)
+        except BundleError as error:
+            yield str(error)
 
     def classifier(self, *, allow_factory: str | None = None) -> Classifier:
         """The base model. ``allow_factory`` must repeat the name where the network is a user's own code."""
@@ -177,6 +199,7 @@ class Bundle:
             mean=model.mean,
             std=model.std,
             embedding_layer=model.embedding_layer,
+            tail_layer=model.tail_layer,
         )
 
     @cached_property
@@ -184,12 +207,19 @@ class Bundle:
         """float32 ``[E, D]``, memory-mapped: what the index was made from."""
         return self._array(EMBEDDINGS, np.float32, len(self.manifest.layout), None)
 
+    @cached_property
+    def activations(self) -> NDArray[np.float16] | None:
+        """float16 ``[E, ...]``, memory-mapped: the inputs of the tail, or None where none are stored."""
+        if self.manifest.model.tail_layer is None:
+            return None
+        return self._array(ACTIVATIONS, np.float16, len(self.manifest.layout), ...)
+
     def index(self) -> NeighborIndex:
         """The neighbour index."""
-        return NeighborIndex.read(self.path / INDEX, self.embeddings)
+        return NeighborIndex.read(self.path / INDEX, self.embeddings, metric=self.manifest.metric)
 
     def exemplars(self) -> ExemplarStore:
-        """The exemplars' pixels, labels and head features."""
+        """The exemplars' pixels, labels, head features and, where they are stored, activations."""
         layout = self.manifest.layout
         has_features = FEATURES in self.manifest.files
         labels = self._array(LABELS, np.int64, layout.sources)
@@ -201,6 +231,7 @@ class Bundle:
             labels=labels,
             features=self._array(FEATURES, np.float32, len(layout), None) if has_features else self.embeddings,
             predictions=self._array(PREDICTIONS, np.int32, len(layout)),
+            activations=self.activations,
         )
 
     def _shard(self, copy: int, shard: int) -> NDArray[np.uint8]:
@@ -208,8 +239,8 @@ class Bundle:
         rows = layout.rows(shard)
         return self._array(layout.shard_path(copy, shard), np.uint8, rows.stop - rows.start, *self.manifest.image_shape)
 
-    def _array(self, name: str, dtype: type, *shape: int | None) -> NDArray[Any]:
-        """A memory-mapped ``.npy`` file of the bundle; None in ``shape`` allows any length."""
+    def _array(self, name: str, dtype: type, *shape: int | EllipsisType | None) -> NDArray[Any]:
+        """A memory-mapped ``.npy`` file of the bundle. In ``shape`` None allows any length, ``...`` one or more."""
         try:
             # Copy-on-write: torch wants writable memory, and the file must never change.
             array: NDArray[Any] = np.load(self.path / name, mmap_mode="c", allow_pickle=False)
@@ -217,16 +248,24 @@ class Bundle:
             raise BundleError(f"bundle {self.path}: {name} is not a readable array ({error})") from error
         if not isinstance(array, np.ndarray):
             raise BundleError(f"bundle {self.path}: {name} is not a readable array (several in an archive)")
-        fits = len(array.shape) == len(shape) and all(w in (None, s) for s, w in zip(array.shape, shape, strict=True))
-        if array.dtype != dtype or not fits:
-            seen, wanted = f"{array.dtype} {list(array.shape)}", f"{np.dtype(dtype)} {list(shape)}"
+        if array.dtype != dtype or not _fits(array.shape, shape):
+            seen = f"{array.dtype} {list(array.shape)}"
+            wanted = f"{np.dtype(dtype)} [{', '.join('...' if s is ... else str(s) for s in shape)}]"
             raise BundleError(f"bundle {self.path}: {name} is {seen}, wanted {wanted}")
         if array.dtype.kind == "f" and not all(np.isfinite(part).all() for part in _parts(array)):
             raise BundleError(f"bundle {self.path}: {name} holds NaN or infinite numbers")
         return array
 
 
-def _parts(array: NDArray[Any], rows: int = 65_536) -> Iterator[NDArray[Any]]:
+def _fits(seen: tuple[int, ...], wanted: tuple[int | EllipsisType | None, ...]) -> bool:
+    if wanted[-1] is ...:
+        return len(seen) >= len(wanted) and _fits(seen[: len(wanted) - 1], wanted[:-1])
+    return len(seen) == len(wanted) and all(w in (None, s) for s, w in zip(seen, wanted, strict=True))
+
+
+def _parts(array: NDArray[Any], size: int = 2**24) -> Iterator[NDArray[Any]]:
+    """Some rows at a time, about ``size`` bytes."""
+    rows = max(1, size * len(array) // max(1, array.nbytes))
     for start in range(0, len(array), rows):
         yield array[start : start + rows]
 

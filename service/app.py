@@ -19,12 +19,15 @@ from mithridate import __version__
 from mithridate.defenses import Defence
 from mithridate.errors import BudgetExceededError, MithridateError
 from service import problems
-from service.engine import Answer, Engine, Loaded
+from service.batching import Answer, EngineStoppedError
+from service.engine import Engine
+from service.loading import Loaded
 from service.metrics import Metrics
 from service.middleware import RequestIdMiddleware
 from service.problems import Problem, request_id, to_problem
 from service.reports import report_bundle, report_images
 from service.schemas import (
+    BatchReport,
     BundleRef,
     BundleResponse,
     DefenseInfo,
@@ -55,8 +58,11 @@ class Service:
         self.draining = False
         self.failure: str | None = None
         self.on_failure: Callable[[], None] = lambda: None
-        """Called when the bundle cannot be loaded: there is nothing to serve."""
+        """Called when there is nothing to serve: the bundle cannot be loaded, or the engine has died."""
         self._in_flight = 0
+        self.engine.on_batch = self.metrics.ran
+        self.engine.on_death = self._die
+        self.metrics.waiting.set_function(lambda: self.engine.waiting)
 
     async def load(self) -> None:
         """Loads the bundle; afterwards the service is ready, or ``failure`` says why it never will be."""
@@ -72,6 +78,12 @@ class Service:
         if self.failure:
             self.on_failure()
 
+    def _die(self, error: BaseException) -> None:
+        """The engine has ended by itself, and says so from its thread. Better no service than one that hangs."""
+        self.metrics.ready.set(0)
+        self.failure = f"the engine has stopped: {type(error).__name__}: {error}"
+        self.on_failure()
+
     def drain(self) -> None:
         """No longer ready: whoever balances the load should send new requests elsewhere."""
         self.draining = True
@@ -84,11 +96,14 @@ class Service:
 
     def require_loaded(self) -> Loaded:
         """What is served. Raises Problem 503 while there is nothing."""
-        if self.engine.loaded is None:
+        loaded = self.engine.loaded
+        if loaded is None:
             # What exactly is wrong names files: it is for the operator, who gets it from serve().
-            detail = "the bundle cannot be served" if self.failure else "still loading the bundle"
+            detail = "still loading the bundle"
+            if self.failure or self.draining:
+                detail = "the bundle cannot be served" if self.failure else "draining"
             raise Problem(503, detail, headers={"Retry-After": "1"})
-        return self.engine.loaded
+        return loaded
 
     async def predict(self, request: Request, options: PredictOptions) -> PredictResponse:
         """Answers one request."""
@@ -114,6 +129,7 @@ class Service:
                 bundle=BundleRef(name=manifest.name, digest=loaded.bundle.digest),
                 defense=name,
                 predictions=report_images(manifest, loaded.resources.exemplars, answer.prediction, options),
+                batch=BatchReport(requests=answer.batch.requests, images=answer.batch.images),
                 timings_ms=Timings(**{**timings, "total": 1000 * (time.perf_counter() - started)}),
             )
             self.metrics.answered(name, answer.prediction, response.timings_ms.model_dump())
@@ -146,7 +162,7 @@ class Service:
     async def _ask(self, request: Request, defence: Defence, pixels: Any, deadline: float) -> Answer:
         """Runs the engine; a client that leaves, or a deadline that passes, stops it between two steps."""
         cancelled = threading.Event()
-        watch = asyncio.create_task(_watch(request, cancelled))
+        watch = asyncio.create_task(self._watch(request, cancelled))
         try:
             async with asyncio.timeout(max(0.0, deadline - time.monotonic())):  # also while others have the engine
                 return await self.engine.predict(defence, pixels, deadline=deadline, cancelled=cancelled)
@@ -155,6 +171,8 @@ class Service:
         except BudgetExceededError as error:
             detail = "the deadline passed" if error.reason == "deadline" else "the client left"
             raise Problem(504, f"{detail} before there was an answer") from error
+        except EngineStoppedError as error:
+            raise Problem(503, "the service stopped before there was an answer") from error
         except MithridateError as error:
             raise to_problem(error) from error
         finally:
@@ -163,12 +181,12 @@ class Service:
             with suppress(asyncio.CancelledError):
                 await watch
 
-
-async def _watch(request: Request, cancelled: threading.Event) -> None:
-    """Sets ``cancelled`` once the client has gone; the body has been read, so nothing else can arrive."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-    cancelled.set()
+    async def _watch(self, request: Request, cancelled: threading.Event) -> None:
+        """Sets ``cancelled`` once the client has gone; the body has been read, so nothing else can arrive."""
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        cancelled.set()
+        self.engine.forget_ended()
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -262,7 +280,7 @@ def _add_health(app: FastAPI, service: Service) -> None:
     @app.head("/readyz", include_in_schema=False)
     @app.get("/readyz", tags=["health"], responses={503: _ERRORS[503]})
     async def readyz() -> dict[str, str]:
-        """The bundle is verified, one warm adaptation has run, and the service is not draining."""
+        """The bundle is verified, one warm adaptation has run, the engine lives, and the service is not draining."""
         service.require_loaded()
         if service.draining:
             raise Problem(503, "draining")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from mithridate.bundle import Manifest
@@ -11,6 +13,7 @@ from service.schemas import (
     AdaptationReport,
     BundleResponse,
     CopyInfo,
+    HeldOutLoss,
     ImagePrediction,
     Neighbor,
     PredictOptions,
@@ -22,7 +25,16 @@ def report_images(
     manifest: Manifest, exemplars: ExemplarStore, prediction: Prediction, options: PredictOptions
 ) -> list[ImagePrediction]:
     """One entry an image."""
-    rows = zip(prediction.scores, prediction.base_scores, prediction.adaptations, prediction.neighborhoods, strict=True)
+    count = len(prediction.scores)
+    abstained = [False] * count if prediction.abstained is None else prediction.abstained.tolist()
+    rows = zip(
+        prediction.scores,
+        prediction.base_scores,
+        prediction.adaptations,
+        prediction.neighborhoods,
+        abstained,
+        strict=True,
+    )
     return [_report(manifest.classes, exemplars, options, *row) for row in rows]
 
 
@@ -34,6 +46,7 @@ def _report(
     base_scores: torch.Tensor,
     adaptation: Adaptation | None,
     neighborhood: Neighborhood | None,
+    abstained: bool,
 ) -> ImagePrediction:
     top = _ranked(scores, classes, options.top_k)
     undefended = _ranked(base_scores, classes, 1)[0]
@@ -42,6 +55,7 @@ def _report(
         top=top,
         undefended=undefended,
         suspicious=undefended.class_index != top[0].class_index,
+        abstained=abstained,
         adaptation=_report_adaptation(classes, adaptation, neighborhood),
         neighbors=_list_neighbors(classes, exemplars, neighborhood) if options.explain and neighborhood else None,
     )
@@ -62,10 +76,20 @@ def _report_adaptation(
     return AdaptationReport(
         steps=adaptation.steps,
         stop_reason=adaptation.stop_reason,
+        answered_from=adaptation.weights,
+        held_out_loss=_report_loss(adaptation),
         neighbors=len(neighborhood.ids),
         neighbor_labels={classes[label]: count for label, count in neighborhood.label_counts.items()},
         adversarial_fraction=neighborhood.adversarial_fraction,
     )
+
+
+def _report_loss(adaptation: Adaptation) -> HeldOutLoss | None:
+    # JSON has no infinity: a loss without a bound must not cost the client the answer.
+    if adaptation.held_out_loss is None or not all(map(math.isfinite, adaptation.held_out_loss)):
+        return None
+    before, after = adaptation.held_out_loss
+    return HeldOutLoss(before=before, after=after)
 
 
 def _list_neighbors(classes: tuple[str, ...], exemplars: ExemplarStore, neighborhood: Neighborhood) -> list[Neighbor]:

@@ -46,9 +46,21 @@ class Neighbor(BaseModel):
     distance: float = Field(description="Euclidean, in the embedding")
 
 
+class HeldOutLoss(BaseModel):
+    """The loss on the neighbours that were held out, before and after adaptation."""
+
+    before: float
+    after: float
+
+
 class AdaptationReport(BaseModel):
     steps: int
     stop_reason: Literal["converged", "patience", "max_steps", "deadline", "cancelled"]
+    answered_from: Literal["adapted", "base"] = Field(
+        description="Which weights gave the answer: base where adaptation made the held-out neighbours worse, or a "
+        "guard did not let it through"
+    )
+    held_out_loss: HeldOutLoss | None = Field(description="null where no neighbours were held out")
     neighbors: int
     neighbor_labels: dict[str, int]
     adversarial_fraction: float
@@ -58,6 +70,7 @@ class ImagePrediction(Scored):
     top: list[Scored]
     undefended: Scored
     suspicious: bool = Field(description="Base and defended answers differ")
+    abstained: bool = Field(description="The label is the defence's best guess, but it does not stand by it")
     adaptation: AdaptationReport | None
     neighbors: list[Neighbor] | None = Field(default=None, description="Only with explain, nearest first")
 
@@ -67,8 +80,19 @@ class BundleRef(BaseModel):
     digest: str
 
 
+class BatchReport(BaseModel):
+    """The run of the defence that gave this answer; more than one request where several waited together."""
+
+    requests: int
+    images: int
+
+
 class Timings(BaseModel):
-    """Milliseconds by phase; a phase that a defence does not have is 0."""
+    """Milliseconds by phase; a phase that a defence does not have is 0.
+
+    ``queue``, ``decode`` and ``total`` are the request's own; ``embed``, ``search``, ``adapt`` and ``predict`` are
+    those of the batch it was answered in.
+    """
 
     queue: float
     decode: float
@@ -84,6 +108,7 @@ class PredictResponse(BaseModel):
     bundle: BundleRef
     defense: str
     predictions: list[ImagePrediction]
+    batch: BatchReport
     timings_ms: Timings
 
 

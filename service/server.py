@@ -19,7 +19,10 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
 def serve(settings: Settings) -> None:
-    """Serves until SIGTERM or SIGINT, then drains. Raises OptionError where the bundle or the port cannot be used."""
+    """Serves until SIGTERM or SIGINT, then drains.
+
+    Raises OptionError where the bundle or the port cannot be used, or where the engine ended while it served.
+    """
     if settings.log_level not in LOG_LEVELS:
         raise OptionError(f"log level {settings.log_level!r} is unknown; allowed: {', '.join(LOG_LEVELS)}")
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")

@@ -42,6 +42,8 @@ class Settings(BaseSettings):
     """Requests admitted at once; more are answered 429."""
     max_images: Annotated[int, Field(ge=1)] = 64
     """Images in one request."""
+    max_batch_images: Annotated[int, Field(ge=1)] = 64
+    """Images answered together where requests wait for the engine; a single request may have more."""
     max_body_bytes: Annotated[int, Field(ge=1)] = 32 * 1024 * 1024
     """Bytes in one request."""
     max_pixels: Annotated[int, Field(ge=1)] = 16_777_216

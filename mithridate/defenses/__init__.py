@@ -5,7 +5,9 @@ from mithridate.defenses.base import (
     Budget,
     Defence,
     Neighborhood,
+    Outcome,
     Prediction,
+    Request,
     Resources,
 )
 from mithridate.defenses.pipeline import DEFAULT_DEFENCES, build_defence, describe_defence, parse_defence
@@ -16,7 +18,9 @@ __all__ = [
     "Budget",
     "Defence",
     "Neighborhood",
+    "Outcome",
     "Prediction",
+    "Request",
     "Resources",
     "build_defence",
     "describe_defence",

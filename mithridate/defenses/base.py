@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 
 from mithridate.bundle import Bundle
@@ -15,6 +16,7 @@ from mithridate.errors import BudgetExceededError, BundleError
 from mithridate.exemplars import ExemplarStore
 from mithridate.models import Classifier
 from mithridate.neighbors import NeighborIndex, Neighbors
+from mithridate.tuning import read_tuning
 from mithridate.types import Images, Logits, Scores
 
 StopReason = Literal["converged", "patience", "max_steps", "deadline", "cancelled"]
@@ -23,11 +25,15 @@ Interruption = Literal["deadline", "cancelled"]
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """What a bundle offers to a defence. Shared by all requests, changed by none."""
+    """What a bundle offers to a defence. Shared by all requests, changed by none.
+
+    ``tuning`` is the defence that the bundle was tuned to, as text, where it was.
+    """
 
     classifier: Classifier
     index: NeighborIndex
     exemplars: ExemplarStore
+    tuning: str | None = None
 
     @classmethod
     def load(cls, bundle: Bundle, *, device: str | torch.device = "cpu", allow_factory: str | None = None) -> Resources:
@@ -44,7 +50,13 @@ class Resources:
                 raise BundleError(
                     f"bundle {bundle.path}: its {what} are {stored} numbers wide, the model's are {computed}"
                 )
-        return cls(classifier=classifier.to(device), index=index, exemplars=exemplars)
+        tuning = read_tuning(bundle.path, bundle.digest)
+        return cls(
+            classifier=classifier.to(device),
+            index=index.to(device),
+            exemplars=exemplars.to(device),
+            tuning=None if tuning is None else tuning.defense,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,10 +102,16 @@ class Neighborhood:
 
 @dataclass(frozen=True, kw_only=True)
 class Adaptation:
-    """What fine-tuning did for one image."""
+    """What fine-tuning did for one image.
+
+    ``weights`` says which ones gave the answer: ``base`` where adaptation made its own held-out neighbours worse, or
+    a guard did not let it through. ``held_out_loss`` is theirs before and after, None where none were held out.
+    """
 
     steps: int
     stop_reason: StopReason
+    weights: Literal["adapted", "base"] = "adapted"
+    held_out_loss: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +120,7 @@ class Prediction:
 
     ``scores`` and ``base_scores`` (the undefended model's) are ``[N, C]``; ``adaptations`` and ``neighborhoods`` have
     one entry an image, None where the defence does not adapt or has no neighbours; ``seconds`` by phase.
+    ``abstained`` bool ``[N]``: the scores are there, but the defence does not stand by them; None where it never does.
     """
 
     scores: Scores
@@ -109,6 +128,107 @@ class Prediction:
     adaptations: tuple[Adaptation | None, ...]
     neighborhoods: tuple[Neighborhood | None, ...]
     seconds: dict[str, float]
+    abstained: torch.Tensor | None = None
+
+    def rows(self, start: int, stop: int) -> Prediction:
+        """The answer for the images ``start`` to ``stop``; the seconds stay those of the whole."""
+        return Prediction(
+            scores=self.scores[start:stop],
+            base_scores=self.base_scores[start:stop],
+            adaptations=self.adaptations[start:stop],
+            neighborhoods=self.neighborhoods[start:stop],
+            seconds=dict(self.seconds),
+            abstained=None if self.abstained is None else self.abstained[start:stop],
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What one caller asks: images ``[N, C, H, W]``, randomness and budget of its own."""
+
+    images: Images
+    generator: torch.Generator
+    budget: Budget = Budget()
+
+
+Outcome = Prediction | BudgetExceededError
+"""One request's answer, or why there is none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """The images of several requests, answered together; every row knows whose it is.
+
+    ``images`` ``[N, C, H, W]`` on the device; ``budgets`` and ``seeds`` have one entry a row. All rows of a request
+    have the same seed: an answer does not depend on the place in the batch.
+    """
+
+    images: Images
+    budgets: tuple[Budget, ...]
+    seeds: tuple[int, ...]
+
+
+def answer_together(
+    requests: Sequence[Request], device: torch.device, answer: Callable[[Batch], Prediction]
+) -> list[Outcome]:
+    """Runs ``answer`` once on the images of all ``requests`` and gives each its part.
+
+    A request whose budget has ended before the start is left out and gets its error.
+    """
+    refused: dict[int, BudgetExceededError] = {}
+    for number, request in enumerate(requests):
+        reason = request.budget.interruption()
+        if reason is not None:
+            refused[number] = BudgetExceededError(reason)
+    admitted = [request for number, request in enumerate(requests) if number not in refused]
+    parts: list[Prediction] = []
+    if admitted:
+        whole = answer(gather(admitted, device))
+        start = 0
+        for request in admitted:
+            parts.append(whole.rows(start, start + len(request.images)))
+            start += len(request.images)
+    rest = iter(parts)
+    return [refused[number] if number in refused else next(rest) for number in range(len(requests))]
+
+
+def gather(requests: Sequence[Request], device: torch.device) -> Batch:
+    """One Batch out of several requests. Draws each request's seed."""
+    counts = [len(request.images) for request in requests]
+    seeds = [draw_seed(request.generator) for request in requests]
+    images = requests[0].images if len(requests) == 1 else torch.cat([request.images for request in requests])
+    return Batch(
+        images=images.to(device, non_blocking=True),
+        budgets=tuple(r.budget for r, count in zip(requests, counts, strict=True) for _ in range(count)),
+        seeds=tuple(seed for seed, count in zip(seeds, counts, strict=True) for _ in range(count)),
+    )
+
+
+def answer_one(
+    predict_together: Callable[[Sequence[Request]], list[Outcome]],
+    images: Images,
+    generator: torch.Generator,
+    budget: Budget,
+) -> Prediction:
+    """A single request's answer. Raises BudgetExceededError where there is none."""
+    (outcome,) = predict_together([Request(images=images, generator=generator, budget=budget)])
+    if isinstance(outcome, BudgetExceededError):
+        raise outcome
+    return outcome
+
+
+def draw_seed(generator: torch.Generator) -> int:
+    """One seed a call."""
+    return int(torch.randint(2**62, (), generator=generator))
+
+
+def interruptions(budgets: Sequence[Budget]) -> list[Interruption | None]:
+    """Why each row must stop, or None; a budget that several rows share is looked at once."""
+    seen: dict[int, Interruption | None] = {}
+    for budget in budgets:
+        if id(budget) not in seen:
+            seen[id(budget)] = budget.interruption()
+    return [seen[id(budget)] for budget in budgets]
 
 
 @runtime_checkable
@@ -125,6 +245,11 @@ class Defence(Protocol):
 
         Raises BudgetExceededError where the budget ended before there was any answer.
         """
+        ...
+
+    def predict_together(self, requests: Sequence[Request]) -> list[Outcome]:
+        """The same for several callers at once: each gets the answer it would get alone, to 1e-4, and in its place
+        the error where its budget ended before there was any."""
         ...
 
     def surrogate(self, images: Images, *, generator: torch.Generator, budget: Budget) -> Logits:
@@ -161,14 +286,19 @@ class PhaseClock:
 
 def describe_neighbors(neighbors: Neighbors, exemplars: ExemplarStore) -> tuple[Neighborhood, ...]:
     """One Neighborhood a row."""
-    labels = exemplars.labels[neighbors.ids]  # [B, K]
-    adversarial = (neighbors.ids >= exemplars.clean_count).double().mean(1)
+    everything, distances = neighbors.ids.cpu(), neighbors.distances.cpu()
+    labels = exemplars.gather_labels(everything, torch.device("cpu")).numpy()  # [B, K]
+    fractions = (everything >= exemplars.clean_count).double().mean(1).tolist()
     described = []
-    for ids, distances, row, fraction in zip(neighbors.ids, neighbors.distances, labels, adversarial, strict=True):
-        values, counts = row.unique(return_counts=True)
-        order = counts.argsort(descending=True, stable=True)
-        label_counts = {int(values[i]): int(counts[i]) for i in order}
+    for row, ids in enumerate(everything):
+        counts = np.bincount(labels[row])
+        ranked = sorted(np.flatnonzero(counts).tolist(), key=lambda label: -counts[label])  # stable: ties by label
         described.append(
-            Neighborhood(ids=ids, distances=distances, label_counts=label_counts, adversarial_fraction=float(fraction))
+            Neighborhood(
+                ids=ids,
+                distances=distances[row],
+                label_counts={label: int(counts[label]) for label in ranked},
+                adversarial_fraction=fractions[row],
+            )
         )
     return tuple(described)

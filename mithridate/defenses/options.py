@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
-from dataclasses import fields
-from typing import Any, TypeVar, get_type_hints
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from mithridate.errors import OptionError
 
@@ -24,31 +24,72 @@ def split_text(text: str) -> tuple[str, dict[str, str]]:
     return name, options
 
 
-def fill(config: type[Config], options: dict[str, str], *, of: str, fixed: Iterable[str] = ()) -> Config:
-    """Makes the dataclass ``config`` from text. Raises OptionError for unknown keys and unreadable values."""
-    hints = get_type_hints(config)
-    known = [field.name for field in fields(config) if field.name not in set(fixed)]  # type: ignore[arg-type]
-    values: dict[str, Any] = {}
-    for key, text in options.items():
+def fill(config: Config, options: Mapping[str, str], *, of: str) -> Config:
+    """``config``, a dataclass, with what ``options`` say; dataclasses inside it are filled by the same flat keys.
+
+    Raises OptionError for unknown keys and unreadable values.
+    """
+    known = flatten(config)
+    for key in options:
         if key not in known:
             raise OptionError(unknown(f"option of {of}", key, known))
-        try:
-            values[key] = hints[key](text)
-        except ValueError as error:
-            raise OptionError(f"{of}: {key}={text!r} is not {hints[key].__name__}") from error
-    return config(**values)
+    return _fill(config, options, of)
 
 
-def canonical(name: str, config: object, *, prefix: dict[str, str] | None = None) -> str:
-    """The text that leads back to ``config``: only what differs from the defaults, in the order of the fields."""
-    default = type(config)()
-    changed = {
-        field.name: getattr(config, field.name)
-        for field in fields(config)  # type: ignore[arg-type]
-        if getattr(config, field.name) != getattr(default, field.name)
-    }
+def _fill(config: Config, options: Mapping[str, str], of: str) -> Config:
+    hints = get_type_hints(type(config))
+    values: dict[str, Any] = {}
+    for field in fields(config):  # type: ignore[arg-type]
+        current = getattr(config, field.name)
+        if is_dataclass(current):
+            values[field.name] = _fill(current, options, of)
+        elif field.name in options:
+            values[field.name] = _read(hints[field.name], options[field.name], f"{of}: {field.name}")
+    return replace(config, **values)  # type: ignore[type-var]
+
+
+def flatten(config: object) -> dict[str, Any]:
+    """Every option of ``config`` and of the dataclasses inside it, by key, in the order of the fields."""
+    flat: dict[str, Any] = {}
+    for field in fields(config):  # type: ignore[arg-type]
+        value = getattr(config, field.name)
+        flat.update(flatten(value) if is_dataclass(value) else {field.name: value})
+    return flat
+
+
+def canonical(name: str, config: object, default: object, *, prefix: Mapping[str, str] | None = None) -> str:
+    """The text that leads back to ``config``: only what differs from ``default``, in the order of the fields."""
+    usual = flatten(default)
+    changed = {key: write(value) for key, value in flatten(config).items() if value != usual[key]}
     shown = {**(prefix or {}), **changed}
     return name + (":" + ",".join(f"{key}={value}" for key, value in shown.items()) if shown else "")
+
+
+def write(value: Any) -> str:
+    """An option's value as text that ``fill`` reads."""
+    if value is None:
+        return "none"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _read(kind: Any, text: str, what: str) -> Any:
+    choices = get_args(kind)
+    if get_origin(kind) is Literal:
+        if text not in choices:
+            raise OptionError(f"{what}={text!r} is not known; allowed: {', '.join(choices)}")
+        return text
+    if type(None) in choices:
+        if text == "none":
+            return None
+        kind = next(choice for choice in choices if choice is not type(None))
+    if kind is bool:
+        if text not in ("true", "false"):
+            raise OptionError(f"{what}={text!r} is not true or false")
+        return text == "true"
+    try:
+        return kind(text)
+    except ValueError as error:
+        raise OptionError(f"{what}={text!r} is not {kind.__name__}") from error
 
 
 def unknown(kind: str, seen: str, allowed: Iterable[str]) -> str:

@@ -2,32 +2,85 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
+from mithridate.defenses.adapting import Adapter
 from mithridate.defenses.base import Defence, Resources
+from mithridate.defenses.exemplar_scores import ExemplarScores
+from mithridate.defenses.head_adam import AdamConfig
+from mithridate.defenses.head_ridge import RidgeConfig, RidgeHead
+from mithridate.defenses.knn_oat import KNNOAT, KNNOATConfig
 from mithridate.defenses.neighbor_vote import NeighborVote, NeighborVoteConfig
 from mithridate.defenses.none import NoDefence
-from mithridate.defenses.options import fill, split_text, unknown
-from mithridate.defenses.rmc_all import RMCAll, RMCAllConfig
-from mithridate.defenses.rmc_head import RMCHead, RMCHeadConfig
+from mithridate.defenses.options import canonical, fill, split_text, unknown
+from mithridate.defenses.presets import preset_options
+from mithridate.defenses.rmc import RMC
+from mithridate.defenses.rmc_all import AllAdapter, AllConfig
+from mithridate.defenses.rmc_config import RMCConfig
+from mithridate.defenses.rmc_head import AdamHead
+from mithridate.defenses.rmc_tail import TailAdapter, TailConfig
+from mithridate.defenses.selection import SelectionConfig
 from mithridate.errors import OptionError
 
 DEFAULT_DEFENCES = ("none", "rmc", "webnn", "deepnn")
 """What a service offers unless told otherwise. Not ``rmc:scope=all``: one request of it keeps all others waiting."""
 
+NAMES = ("none", "rmc", "webnn", "deepnn", "knn-oat")
+
 DESCRIPTIONS = {
     "none": "the base model as it is",
-    "rmc": "per image, the last layer is fine-tuned on its nearest clean and adversarial exemplars",
+    "rmc": "per image, the last layer is fitted to its nearest clean and adversarial exemplars",
+    "rmc:scope=tail": "per image, the last layers are fine-tuned on the exemplars' stored activations",
     "rmc:scope=all": "per image, all weights are fine-tuned (the published procedure, reset each time): slow",
-    "webnn": "majority of the nearest exemplars, clean and adversarial",
-    "deepnn": "majority of the nearest clean exemplars",
+    "webnn": "what the nearest exemplars are, clean and adversarial, averaged",
+    "deepnn": "what the nearest clean exemplars are, averaged",
+    "knn-oat": "per image, all weights are trained on freshly attacked clean neighbours: a control, offline only",
 }
 
 Maker = Callable[[Resources], Defence]
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Scope:
+    """One way to adapt: its default options, how its adapter is made, and how its name begins."""
+
+    config: RMCConfig
+    make: Callable[[Resources, Any], Adapter]
+    prefix: Mapping[str, str]
+
+
+def _ridge(resources: Resources, config: RidgeConfig) -> Adapter:
+    return RidgeHead(resources=resources, config=config, scores=ExemplarScores(resources))
+
+
+_SCOPES = {
+    ("head", "ridge"): _Scope(
+        config=RMCConfig(selection=SelectionConfig(neighbors=256, temperature=0.5), adapting=RidgeConfig()),
+        make=_ridge,
+        prefix={},
+    ),
+    ("head", "adam"): _Scope(
+        config=RMCConfig(selection=SelectionConfig(neighbors=256), adapting=AdamConfig()),
+        make=lambda resources, config: AdamHead(resources=resources, config=config),
+        prefix={"solver": "adam"},
+    ),
+    ("tail", None): _Scope(
+        config=RMCConfig(selection=SelectionConfig(neighbors=256), adapting=TailConfig()),
+        make=lambda resources, config: TailAdapter(resources=resources, config=config),
+        prefix={"scope": "tail"},
+    ),
+    ("all", None): _Scope(
+        config=RMCConfig(selection=SelectionConfig(neighbors=1024), adapting=AllConfig()),
+        make=lambda resources, config: AllAdapter(resources=resources, config=config),
+        prefix={"scope": "all"},
+    ),
+}
+
+
 def parse_defence(text: str) -> Maker:
-    """``none``, ``rmc[:scope=head|all,...]``, ``webnn[:neighbors=K]``, ``deepnn[:neighbors=K]``.
+    """``none``, ``rmc[:scope=head|tail|all,preset=NAME,...]``, ``webnn[:...]``, ``deepnn[:...]``, ``knn-oat[:...]``.
 
     Gives what makes the defence out of a bundle's resources. Raises OptionError for unknown names and options.
     """
@@ -38,25 +91,62 @@ def parse_defence(text: str) -> Maker:
                 raise OptionError(f"none takes no options; seen: {text!r}")
             return lambda resources: NoDefence(resources=resources)
         case "webnn" | "deepnn":
-            kind, vote = name, fill(NeighborVoteConfig, options, of=name)
+            kind, vote = name, fill(NeighborVoteConfig(), options, of=name)
             return lambda resources: NeighborVote(resources=resources, kind=kind, config=vote)
+        case "knn-oat":
+            oat = fill(KNNOATConfig(), options, of=name)
+            return lambda resources: KNNOAT(resources=resources, config=oat)
         case "rmc":
             return _parse_rmc(options)
         case _:
-            raise OptionError(unknown("defence", name, ("none", "rmc", "webnn", "deepnn")))
+            raise OptionError(unknown("defence", name, NAMES))
 
 
 def _parse_rmc(options: dict[str, str]) -> Maker:
-    scope = options.pop("scope", "head")
-    match scope:
-        case "head":
-            head = fill(RMCHeadConfig, options, of="rmc")
-            return lambda resources: RMCHead(resources=resources, config=head)
-        case "all":
-            everything = fill(RMCAllConfig, options, of="rmc:scope=all")
-            return lambda resources: RMCAll(resources=resources, config=everything)
-        case _:
-            raise OptionError(unknown("scope", scope, ("head", "all")))
+    """Without a preset or an option, what the bundle was tuned to (where it was); else ``balanced``."""
+    name = options.pop("preset", None)
+    if name == "tuned" or (name is None and not options):
+        return lambda resources: _make_rmc({**_tuned(resources, required=name is not None), **options}, resources)
+    scope = options.get("scope", "head")
+    known = {scope for scope, _ in _SCOPES}
+    if scope not in known:
+        raise OptionError(unknown("scope", scope, known))
+    full = {**preset_options(name or "balanced", scope), **options}
+    _read_rmc(full)  # says now what is wrong with it
+    return lambda resources: _make_rmc(full, resources)
+
+
+def _tuned(resources: Resources, *, required: bool) -> Mapping[str, str]:
+    if resources.tuning is not None:
+        return split_text(resources.tuning)[1]
+    if required:
+        raise OptionError("this bundle has not been tuned; run mithridate bench BUNDLE --tune, or name another preset")
+    return preset_options("balanced", "head")
+
+
+def _read_rmc(options: Mapping[str, str]) -> tuple[_Scope, RMCConfig]:
+    rest = dict(options)
+    scope, solver = rest.pop("scope", "head"), rest.pop("solver", None)
+    if scope == "head":
+        solver = solver or "ridge"
+        if solver not in ("ridge", "adam"):
+            raise OptionError(unknown("solver", solver, ("ridge", "adam")))
+    elif solver is not None:
+        raise OptionError(f"rmc:scope={scope} has no choice of solvers; solver belongs to scope=head")
+    found = _SCOPES[scope, solver]
+    of = "rmc" + (":" + ",".join(f"{k}={v}" for k, v in found.prefix.items()) if found.prefix else "")
+    return found, fill(found.config, rest, of=of)
+
+
+def _make_rmc(options: Mapping[str, str], resources: Resources) -> Defence:
+    scope, config = _read_rmc(options)
+    return RMC(
+        name=canonical("rmc", config, scope.config, prefix=scope.prefix),
+        resources=resources,
+        adapter=scope.make(resources, config.adapting),
+        selection=config.selection,
+        guarding=config.guarding,
+    )
 
 
 def build_defence(text: str, resources: Resources) -> Defence:
@@ -66,5 +156,6 @@ def build_defence(text: str, resources: Resources) -> Defence:
 
 def describe_defence(defence: Defence) -> str:
     """One sentence on what a defence does."""
-    family = defence.name.split(":")[0]
-    return DESCRIPTIONS["rmc:scope=all" if isinstance(defence, RMCAll) else family]
+    family, options = split_text(defence.name)
+    scope = f"{family}:scope={options.get('scope')}"
+    return DESCRIPTIONS.get(scope, DESCRIPTIONS[family])

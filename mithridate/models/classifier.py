@@ -36,17 +36,32 @@ class ModelSpec:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     embedding_layer: str = DEFAULT_LAYER
+    tail_layer: str | None = None  # where the tail begins, or None where there is to be none
 
     def metadata(self) -> dict[str, str]:
-        """As strings, for the header of a safetensors file."""
-        return {key: value if isinstance(value, str) else json.dumps(value) for key, value in asdict(self).items()}
+        """As strings, for the header of a safetensors file: what goes with the weights, so not where a tail begins."""
+        given = {key: value for key, value in asdict(self).items() if key != "tail_layer"}
+        return {key: value if isinstance(value, str) else json.dumps(value) for key, value in given.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """What one run of the trunk gives for ``N`` images.
+
+    ``embedding`` ``[N, D]``, ``head_input`` ``[N, D']`` (by default the same tensor), and ``activation`` ``[N, ...]``
+    where the tail begins, None where the classifier has no tail.
+    """
+
+    embedding: Embeddings
+    head_input: torch.Tensor
+    activation: torch.Tensor | None = None
 
 
 class Classifier(nn.Module):
-    """A network with its normalisation inside, split before its last linear layer.
+    """A network with its normalisation inside, split before its last linear layer and, if asked, where a tail begins.
 
     ``forward(images) -> logits [N, C]``, ``embed(images) -> [N, D]``; images are float ``[N, C, H, W]`` in [0, 1].
-    Always in evaluation mode and frozen; ``private_network`` gives weights that can be changed.
+    Always in evaluation mode and frozen; ``private_network`` and ``private_tail`` give weights that can be changed.
     """
 
     mean: torch.Tensor
@@ -60,9 +75,10 @@ class Classifier(nn.Module):
         self.register_buffer("std", torch.tensor(spec.std).view(1, -1, 1, 1), persistent=False)
         with torch.no_grad():
             example = self.normalise(torch.zeros(2, *spec.image_shape))
-            split = split_network(network, layer=spec.embedding_layer, example=example)
+            split = split_network(network, layer=spec.embedding_layer, tail_layer=spec.tail_layer, example=example)
         self._trunk = (split.trunk,)  # in a tuple: its parameters are the network's, and counted there
         self._head = (split.head,)
+        self._tail = (split.tail,)
         self.requires_grad_(False)
 
     @property
@@ -81,14 +97,34 @@ class Classifier(nn.Module):
         return self._head[0] is not None
 
     @property
+    def tail(self) -> nn.Module:
+        """From the activation of ``trace`` to the logits; its weights are the network's own.
+
+        Raises ModelError where the classifier was built without a ``tail_layer``.
+        """
+        tail = self._tail[0]
+        if tail is None:
+            raise ModelError(
+                f"{self.spec.arch} was not cut for the tail scope; build the bundle with --tail-layer auto"
+            )
+        return tail
+
+    @property
+    def has_tail(self) -> bool:
+        """Whether the network was cut where a tail begins."""
+        return self._tail[0] is not None
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.mean.device
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
-        """To another device, the trunk too: what its graph reads directly (a buffer, a token) it holds itself."""
+        """To another device, the parts too: what a graph reads directly (a buffer, a token) it holds itself."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._trunk[0]._apply(fn, recurse)
+        for part in (self._trunk[0], self._tail[0]):
+            if part is not None:
+                part._apply(fn, recurse)
         return self
 
     def normalise(self, images: Images) -> torch.Tensor:
@@ -102,8 +138,8 @@ class Classifier(nn.Module):
         logits: Logits = self.network(self.normalise(images))
         return logits
 
-    def features(self, images: Images) -> tuple[Embeddings, torch.Tensor]:
-        """Embedding ``[N, D]`` and the input of the head ``[N, D']``; by default these are the same tensor.
+    def trace(self, images: Images) -> Trace:
+        """Embedding, input of the head and, where there is a tail, the activation at its beginning, from one run.
 
         On the CPU, a small batch is padded to more rows than there are threads: below that, the convolution
         library splits one image over the threads and rounds differently. With the padding an image has, to the
@@ -113,9 +149,18 @@ class Classifier(nn.Module):
         padding = torch.get_num_threads() + 1 - count
         if images.device.type == "cpu" and 0 < padding < _CANONICAL_BATCH_LIMIT and count:
             images = torch.cat([images, images[:1].expand(padding, -1, -1, -1)])
-        embedding, head_input = self._trunk[0](self.normalise(images))
+        embedding, head_input, *rest = self._trunk[0](self.normalise(images))
         pooled = _pool(embedding)[:count]
-        return pooled, pooled if head_input is embedding else _pool(head_input)[:count]
+        return Trace(
+            embedding=pooled,
+            head_input=pooled if head_input is embedding else _pool(head_input)[:count],
+            activation=rest[0][:count] if rest else None,
+        )
+
+    def features(self, images: Images) -> tuple[Embeddings, torch.Tensor]:
+        """Embedding ``[N, D]`` and the input of the head ``[N, D']``; see ``trace``."""
+        trace = self.trace(images)
+        return trace.embedding, trace.head_input
 
     def embed(self, images: Images) -> Embeddings:
         """``[N, C, H, W]`` in [0, 1] to ``[N, D]``; maps and token sequences are averaged over their positions."""
@@ -127,6 +172,13 @@ class Classifier(nn.Module):
         Still in evaluation mode: running statistics stay frozen, affine parameters train.
         """
         return copy.deepcopy(self.network).requires_grad_(True)
+
+    def private_tail(self) -> nn.Module:
+        """A copy of the tail (activation in, logits out) whose weights can be trained; otherwise as private_network.
+
+        Raises ModelError where there is no tail.
+        """
+        return copy.deepcopy(self.tail).requires_grad_(True)
 
 
 def _pool(activations: torch.Tensor) -> torch.Tensor:
@@ -147,11 +199,12 @@ def build_classifier(
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
     embedding_layer: str = DEFAULT_LAYER,
+    tail_layer: str | None = None,
 ) -> Classifier:
     """A classifier with fresh weights; normalisation as the architecture has it unless given.
 
-    Raises ModelError where the architecture is unknown or cannot take images of this shape. While this runs, no other
-    thread may run a network: see ``_BUILDING``.
+    Raises ModelError where the architecture is unknown, cannot take images of this shape or cannot be cut as asked.
+    While this runs, no other thread may run a network: see ``_BUILDING``.
     """
     built = build_network(arch, num_classes=num_classes, image_shape=image_shape)
     mean, std = mean or built.mean, std or built.std
@@ -171,6 +224,7 @@ def build_classifier(
         mean=mean,
         std=std,
         embedding_layer=embedding_layer,
+        tail_layer=tail_layer,
     )
     return _probed(built.network, spec)
 

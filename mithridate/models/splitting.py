@@ -16,6 +16,7 @@ import torch
 from torch import fx, nn
 
 from mithridate.errors import ModelError
+from mithridate.models.tails import DEFAULT_TAIL, automatic_cut, check_cut, protected, tail_after
 
 DEFAULT_LAYER = "auto"
 
@@ -24,25 +25,33 @@ DEFAULT_LAYER = "auto"
 class Split:
     """A network cut before its last linear layer.
 
-    ``trunk(normalised) -> (embedding, head_input)``, both as the network has them (not yet pooled).
-    ``head`` is the last linear layer where the logits come straight out of one, else None.
+    ``trunk(normalised) -> (embedding, head_input)``, both as the network has them (not yet pooled); with a tail there
+    is a third, the activation where the tail begins. ``head`` is the last linear layer where the logits come straight
+    out of one, else None. ``tail(activation) -> logits`` where one was asked for, else None.
     """
 
     trunk: nn.Module
     head: nn.Linear | None
     layer: str
+    tail: nn.Module | None = None
 
 
-def split_network(network: nn.Module, *, example: torch.Tensor, layer: str = DEFAULT_LAYER) -> Split:
+def split_network(
+    network: nn.Module, *, example: torch.Tensor, layer: str = DEFAULT_LAYER, tail_layer: str | None = None
+) -> Split:
     """Cuts ``network`` (in evaluation mode) at ``layer``; ``auto`` is what feeds the last linear layer.
 
+    ``tail_layer`` is where the tail begins; ``auto`` is the last place that leaves it a layer besides the head.
+
     ``layer`` is a module (``layer3``, ``features.4``) or any node that torchvision's ``get_graph_node_names`` lists.
-    ``example``, a normalised batch, is run where the network cannot be traced. The parts share their parameters with
-    ``network``. Raises ModelError for a layer that is not there.
+    ``example``, a normalised batch, is run where the network cannot be traced, and to find a tail. The parts share
+    their parameters with ``network``. Raises ModelError for a layer that is not there, or where no tail can begin.
     """
     try:
         graph_module = _trace(network)
-    except Exception:  # tracing runs the network symbolically: anything may come out where that is not possible
+    except Exception as error:  # tracing runs the network symbolically: anything may come out if that is not possible
+        if tail_layer is not None:
+            raise ModelError("the network cannot be traced, and a tail can only be cut out of one that can") from error
         return _split_with_hooks(network, layer, example)
     output = _output_node(graph_module.graph)
     linear = _last_linear(graph_module, output)
@@ -51,9 +60,19 @@ def split_network(network: nn.Module, *, example: torch.Tensor, layer: str = DEF
         embedding = _node_named(network, graph_module.graph, layer)
     else:
         embedding = head_input if isinstance(head_input, fx.Node) else _before_output(graph_module, output)
-    trunk = _cut(graph_module, embedding, head_input if isinstance(head_input, fx.Node) else embedding)
+    points = [embedding, head_input if isinstance(head_input, fx.Node) else embedding]
+    tail = None
+    if tail_layer is not None:
+        if tail_layer == DEFAULT_TAIL:
+            cut = automatic_cut(graph_module, output, linear, example)
+        else:
+            cut = _node_named(network, graph_module.graph, tail_layer)
+            check_cut(graph_module, cut, output, tail_layer, example)
+        points.append(cut)
+        tail = tail_after(graph_module, cut, output)
     head = graph_module.get_submodule(str(linear.target)) if linear is not None else None
-    return Split(trunk=trunk, head=head if isinstance(head, nn.Linear) else None, layer=layer)
+    trunk = _cut(graph_module, *points)
+    return Split(trunk=trunk, head=head if isinstance(head, nn.Linear) else None, layer=layer, tail=tail)
 
 
 def _extractor(network: nn.Module, layer: str) -> fx.GraphModule:
@@ -122,11 +141,15 @@ def _children(network: nn.Module) -> str:
     return ", ".join(name for name, _ in network.named_children()) or "(none)"
 
 
-def _cut(module: fx.GraphModule, embedding: fx.Node, head_input: fx.Node) -> nn.Module:
+def _cut(module: fx.GraphModule, embedding: fx.Node, head_input: fx.Node, cut: fx.Node | None = None) -> nn.Module:
     graph = fx.Graph()
     copies: dict[fx.Node, Any] = {}
     graph.graph_copy(module.graph, copies)
-    graph.output((copies[embedding], copies[head_input]))
+    results = [copies[embedding], copies[head_input]]
+    if cut is not None:
+        with graph.inserting_after(copies[cut]):
+            results.append(protected(graph, copies[cut], cut, module))
+    graph.output(tuple(results))
     trunk = fx.GraphModule(module, graph)
     trunk.graph.eliminate_dead_code()
     trunk.delete_all_unused_submodules()

@@ -62,6 +62,7 @@ def load_classifier(
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
     embedding_layer: str = DEFAULT_LAYER,
+    tail_layer: str | None = None,
 ) -> Classifier:
     """Builds ``arch`` and fills it from ``path``; what is not given is taken from the file's header.
 
@@ -84,6 +85,7 @@ def load_classifier(
         mean=mean,
         std=std,
         embedding_layer=embedding_layer,
+        tail_layer=tail_layer,
     )
     if path:
         load_weights(classifier.network, path)

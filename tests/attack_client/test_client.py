@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 import threading
 import time
@@ -13,9 +14,10 @@ from typing import Any
 
 import httpx2
 import pytest
-from client_helpers import FakeService, closed_port, listening
+from client_helpers import FakeService, answer, closed_port, listening
 
 from attack_client import Answer, AsyncClient, Client, RetryPolicy, ServiceError
+from attack_client.answers import parse_answer
 from mithridate.bundle import Bundle
 from mithridate.errors import InputError, MithridateError, OptionError
 from service.app import create_app
@@ -42,8 +44,37 @@ def test_one_image_and_several(served: str, files: list[bytes]) -> None:
     assert len(several.predictions) == len(files)
     assert one.defense == "rmc"
     assert one.predictions[0].adaptation is not None
+    assert one.predictions[0].answered_from in ("adapted", "base")
+    assert one.predictions[0].abstained is False
+    assert one.batch is not None
+    assert (one.batch.requests, one.batch.images) == (1, 1)
     assert one.timings_ms["total"] > 0
     assert one.id != several.id
+
+
+def parse(image: dict[str, Any], **more: Any) -> Answer:
+    said = answer(**more)
+    said["predictions"][0].update(image)
+    parsed: Answer = parse_answer(json.dumps(said).encode(), Answer, "http://service")
+    return parsed
+
+
+def test_what_a_service_may_leave_out() -> None:
+    parsed = parse({})
+    (image,) = parsed.predictions
+    assert parsed.batch is image.answered_from is image.held_out_loss is None
+    assert image.abstained is False
+    (image,) = parse({"adaptation": {"steps": 3}}).predictions
+    assert image.answered_from is image.held_out_loss is None
+
+
+def test_what_it_says_of_adaptation() -> None:
+    adaptation = {"answered_from": "base", "held_out_loss": {"before": 0.5, "after": 1}}
+    parsed = parse({"abstained": True, "adaptation": adaptation}, batch={"requests": 2, "images": 5})
+    (image,) = parsed.predictions
+    assert (image.abstained, image.answered_from, image.held_out_loss) == (True, "base", (0.5, 1.0))
+    assert parsed.batch is not None
+    assert (parsed.batch.requests, parsed.batch.images) == (2, 5)
 
 
 @pytest.mark.parametrize("several", [False, True])
@@ -115,8 +146,12 @@ def test_a_service_within_this_process(digits_bundle: Path, files: list[bytes]) 
 
 def test_one_client_in_many_threads(served: str, files: list[bytes]) -> None:
     with Client(served) as client, ThreadPoolExecutor(8) as threads:
-        expected = [what_it_says(client.predict(file)) for file in files]
-        assert [what_it_says(answer) for answer in threads.map(client.predict, files * 4)] == expected * 4
+        alone = [client.predict(file).predictions[0] for file in files]
+        for together, expected in zip(threads.map(client.predict, files * 4), alone * 4, strict=True):
+            (image,) = together.predictions
+            assert image.label == expected.label
+            # Several may be answered in one batch, and another batch size rounds otherwise.
+            assert image.confidence == pytest.approx(expected.confidence, abs=1e-4)
 
 
 def test_nobody_there(files: list[bytes]) -> None:

@@ -26,9 +26,9 @@ SPEC = "digits[train,:128]"
 OPTIONS: dict[str, Any] = {"attacks": ("pgd3", "fgsm"), "index": "HNSW8", "shard_size": 32, "batch_size": 16}
 
 
-def make_plan(out: Path, data: LabelledImages | None = None) -> BuildPlan:
+def make_plan(out: Path, data: LabelledImages | None = None, **more: Any) -> BuildPlan:
     data = data or load_dataset(SPEC)
-    return BuildPlan(data=data, out=out, epsilon=Epsilon(16), training=TrainingPlan(epochs=3), **OPTIONS)
+    return BuildPlan(data=data, out=out, epsilon=Epsilon(16), training=TrainingPlan(epochs=3), **{**OPTIONS, **more})
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def attempt(out, kind, value):
     if kind == "limit":
         resource.setrlimit(resource.RLIMIT_FSIZE, (value, resource.RLIM_INFINITY))
     try:
-        build_bundle(tests.make_plan(out, few), resume=True, progress=progress)
+        build_bundle(tests.make_plan(out, few, **json.loads(sys.argv[3])), resume=True, progress=progress)
         return 0, ""
     except BuildError as error:
         return 3, str(error)
@@ -134,10 +134,13 @@ for jobs in json.loads(sys.argv[2]):
 Job = tuple[Path, str, Any]
 
 
-def drive(rounds: list[list[Job]]) -> list[list[tuple[int, str]]]:
-    """Builds in other processes, those of a round at the same time: exit codes, and what they say where it is 3."""
+def drive(rounds: list[list[Job]], **more: Any) -> list[list[tuple[int, str]]]:
+    """Builds in other processes, those of a round at the same time: exit codes, and what they say where it is 3.
+
+    ``more`` options go to their plans.
+    """
     jobs = json.dumps([[(str(out), kind, value) for out, kind, value in jobs] for jobs in rounds])
-    command = [sys.executable, "-c", _DRIVER, str(Path(__file__).parent), jobs]
+    command = [sys.executable, "-c", _DRIVER, str(Path(__file__).parent), jobs, json.dumps(more)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     return [[(code, message) for code, message in json.loads(line)] for line in done.stdout.splitlines()]

@@ -9,9 +9,11 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,9 @@ from typing import Any
 import httpx2
 from PIL import Image
 from starlette.testclient import TestClient
+
+from mithridate.defenses import Defence, Outcome, Prediction, Request
+from service.engine import Engine
 
 ROOT = Path(__file__).resolve().parents[2]
 Serving = Callable[..., AbstractContextManager[TestClient]]
@@ -80,6 +85,108 @@ def check_problem(response: httpx2.Response, status: int, *contains: str) -> dic
     for leak in ("Traceback", 'File "', ".py", "site-packages", str(ROOT), "/tmp/"):
         assert leak not in response.text
     return document
+
+
+def assert_same(found: Any, expected: Any, *, within: float = 1e-4) -> None:
+    """That two answers agree but for rounding: numbers to ``within``, everything else exactly."""
+    if isinstance(expected, dict):
+        assert set(found) == set(expected)
+        for key, value in expected.items():
+            assert_same(found[key], value, within=within)
+    elif isinstance(expected, list):
+        assert len(found) == len(expected)
+        for one, other in zip(found, expected, strict=True):
+            assert_same(one, other, within=within)
+    elif isinstance(expected, float):
+        assert abs(found - expected) <= within
+    else:
+        assert found == expected
+
+
+class Wrapped:
+    """A defence that is another one but for what a test changes; ``seen`` lists how many images came together."""
+
+    def __init__(self, inner: Defence, name: str = "wrapped") -> None:
+        self.inner = inner
+        self.name = name
+        self.seen: list[list[int]] = []
+
+    def predict_together(self, requests: Sequence[Request]) -> list[Outcome]:
+        self.seen.append([len(request.images) for request in requests])
+        return self.inner.predict_together(requests)
+
+    def predict(self, images: Any, *, generator: Any, budget: Any) -> Prediction:
+        raise NotImplementedError
+
+    def surrogate(self, images: Any, *, generator: Any, budget: Any) -> Any:
+        raise NotImplementedError
+
+
+class Gate(Wrapped):
+    """Answers no earlier than it is opened: whoever asks meanwhile has to wait."""
+
+    batches = False
+
+    def __init__(self, inner: Defence) -> None:
+        super().__init__(inner, "gate")
+        self.entered = threading.Event()
+        self.opened = threading.Event()
+
+    def predict_together(self, requests: Sequence[Request]) -> list[Outcome]:
+        self.entered.set()
+        assert self.opened.wait(30), "never opened"
+        return super().predict_together(requests)
+
+
+def install(client: TestClient, *defences: Defence) -> None:
+    """Offers more defences, under their names."""
+    app: Any = client.app
+    for defence in defences:
+        app.state.service.engine.loaded.defences[defence.name] = defence
+
+
+def wait_until(condition: Callable[[], bool], *, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never came true"
+        time.sleep(0.002)
+
+
+class Crowd:
+    """Requests that wait together: each is in the queue before the next is sent, and all until ``open``."""
+
+    def __init__(self, client: TestClient, threads: Executor, file: bytes) -> None:
+        app: Any = client.app
+        self._client, self._threads = client, threads
+        self.engine: Engine = app.state.service.engine
+        loaded = self.engine.loaded
+        assert loaded is not None
+        self.gate = Gate(loaded.defences["none"])
+        install(client, self.gate)
+        self.first = threads.submit(post, client, file, defense="gate")
+        assert self.gate.entered.wait(30)
+
+    def ask(self, *files: bytes, **options: Any) -> Future[httpx2.Response]:
+        """Sends a request and returns when it waits for the engine."""
+        before = self.engine.waiting
+        sent = self._threads.submit(post_json, self._client, files, **options)
+        wait_until(lambda: self.engine.waiting == before + 1)
+        return sent
+
+    def open(self) -> None:
+        """Lets the engine go on."""
+        self.gate.opened.set()
+
+
+@contextmanager
+def crowd(client: TestClient, file: bytes) -> Iterator[Crowd]:
+    """``with crowd(client, png) as waiting``: the engine is busy until the block's end, or ``waiting.open()``."""
+    with ThreadPoolExecutor(40) as threads:
+        waiting = Crowd(client, threads, file)
+        try:
+            yield waiting
+        finally:
+            waiting.open()
 
 
 def wait_ready(client: httpx2.Client, *, seconds: float = 60) -> None:

@@ -74,7 +74,7 @@ def test_a_failure_of_ours_is_counted_too(serving: Serving, clean: list[bytes]) 
     class Broken:
         name = "broken"
 
-        def predict(self, images: Any, *, generator: Any, budget: Any) -> Any:
+        def predict_together(self, requests: Any) -> Any:
             raise RuntimeError("no memory")
 
     with serving() as client:

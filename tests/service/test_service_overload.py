@@ -11,7 +11,7 @@ from pathlib import Path
 
 import httpx2
 import pytest
-from service_helpers import SLOW, ServerProcess, Serving, check_problem, post, predictions, wait_ready
+from service_helpers import SLOW, ServerProcess, Serving, check_problem, post, predictions, wait_ready, wait_until
 
 from mithridate.datasets import LabelledImages
 from mithridate.errors import BudgetExceededError
@@ -134,3 +134,15 @@ def test_a_client_that_leaves_takes_its_work_along(server: ServerProcess, clean:
     while in_flight(server.client):
         assert time.monotonic() - started < 5
     assert "Traceback" not in server.log
+
+
+def test_a_client_that_leaves_gives_up_its_place_at_once(
+    server: ServerProcess, background: ThreadPoolExecutor, clean: list[bytes]
+) -> None:
+    """The queue is for those who still wait, also while one request keeps the engine busy."""
+    slow = keep_busy(background, server.client, clean[0], seconds=4)
+    with httpx2.Client(base_url=server.url, timeout=0.5) as impatient, pytest.raises(httpx2.ReadTimeout):
+        post(impatient, clean[1], defense="none")
+    wait_until(lambda: in_flight(server.client) == 1, seconds=2)
+    assert not slow.done()
+    check_problem(slow.result(), 504)

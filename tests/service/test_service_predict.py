@@ -24,9 +24,12 @@ IMAGE = {
     "top": [SCORED],
     "undefended": SCORED,
     "suspicious": bool,
+    "abstained": bool,
     "adaptation": {
         "steps": int,
         "stop_reason": str,
+        "answered_from": str,
+        "held_out_loss": {"before": float, "after": float},
         "neighbors": int,
         "neighbor_labels": {str: int},
         "adversarial_fraction": float,
@@ -39,6 +42,7 @@ ANSWER = {
     "bundle": {"name": str, "digest": str},
     "defense": str,
     "predictions": [IMAGE],
+    "batch": {"requests": int, "images": int},
     "timings_ms": dict.fromkeys(PHASES, float),
 }
 

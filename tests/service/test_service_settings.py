@@ -70,6 +70,7 @@ BAD: dict[str, Any] = {
     "port": [-1, 65_536, "http", 1.5],
     "queue_size": [0, -1, "many"],
     "max_images": [0],
+    "max_batch_images": [0],
     "max_body_bytes": [0],
     "max_pixels": [0],
     "deadline_ms": [0, -1, float("nan"), "soon"],

@@ -1,0 +1,100 @@
+"""What keeps an adapted answer from doing harm: mixing with the base, a gate, abstention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from mithridate.defenses.adapting import Adapted, Query
+from mithridate.defenses.base import Adaptation
+from mithridate.defenses.options import require
+from mithridate.types import Logits, Scores
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """``mix``: the base model's share in the answer's logits. ``gate``: an adapted answer stands only where at least
+    this share of the neighbours (weighted) carries its label; else the base model answers. ``abstain``: no answer where
+    base, neighbours and adapted model do not all give the answer's class at least this much. 0 turns each of them off.
+    """
+
+    mix: float = 0.0
+    gate: float = 0.0
+    abstain: float = 0.0
+
+    def __post_init__(self) -> None:
+        for key in ("mix", "gate", "abstain"):
+            require("rmc", key, getattr(self, key), 0, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guarded:
+    """``scores`` ``[B, C]``; ``agreement`` ``[B]``: what base, neighbours and answer all grant the answer's class."""
+
+    scores: Scores
+    agreement: torch.Tensor
+    adaptations: tuple[Adaptation, ...]
+    abstained: torch.Tensor | None
+
+
+def neighbor_votes(labels: torch.Tensor, weights: torch.Tensor, classes: int) -> torch.Tensor:
+    """Share of each class among the neighbours: labels ``[B, K]``, weights ``[B, K]`` to ``[B, classes]``."""
+    return torch.zeros(len(labels), classes, dtype=weights.dtype, device=weights.device).scatter_add_(
+        1, labels, weights
+    )
+
+
+def guard(query: Query, adapted: Adapted, votes: torch.Tensor, config: GuardConfig) -> Guarded:
+    """The answer that is let through. ``votes`` as ``neighbor_votes`` counts them."""
+    base = query.base.logits.softmax(1).double()
+    scores = _mix(adapted, config).softmax(1).double()
+    from_base = _kept_base(adapted, scores.device)
+    from_base |= _stopped(scores, votes, config)
+    scores = torch.where(from_base[:, None], base, scores)
+    answer = scores.argmax(1, keepdim=True)
+    agreement = torch.cat([part.gather(1, answer) for part in (base, votes, scores)], 1).amin(1)
+    flags = from_base.tolist()
+    return Guarded(
+        scores=scores,
+        agreement=agreement,
+        adaptations=tuple(
+            replace(a, weights="base") if flag else a for a, flag in zip(adapted.adaptations, flags, strict=True)
+        ),
+        abstained=agreement < config.abstain if config.abstain else None,
+    )
+
+
+def guarded_logits(query: Query, adapted: Adapted, votes: torch.Tensor, config: GuardConfig) -> Logits:
+    """The same for attackers: forward what the defence answers, backward through base and adapted model at once.
+
+    A guard switches between the two, and an attacker has to move both: the gradient of the one that happens to answer
+    would stop at the switch.
+    """
+    mixed = _mix(adapted, config).log_softmax(1)
+    base = query.base.logits.to(mixed.dtype).log_softmax(1)
+    with torch.no_grad():
+        from_base = _kept_base(adapted, mixed.device)
+        from_base |= _stopped(mixed.softmax(1), votes, config)
+        answered = torch.where(from_base[:, None], base, mixed)
+        switching = from_base | (config.gate > 0)
+    both = torch.where(switching[:, None], 0.5 * (base + mixed), mixed)  # a row's gradient is its own affair
+    return both + (answered - both).detach()
+
+
+def _kept_base(adapted: Adapted, device: torch.device) -> torch.Tensor:
+    """bool ``[B]``: the adapter itself says that its logits do not count."""
+    return torch.tensor([a.weights == "base" for a in adapted.adaptations], dtype=torch.bool, device=device)
+
+
+def _mix(adapted: Adapted, config: GuardConfig) -> Logits:
+    if not config.mix:
+        return adapted.logits
+    return (1 - config.mix) * adapted.logits + config.mix * adapted.anchor
+
+
+def _stopped(scores: Scores, votes: torch.Tensor, config: GuardConfig) -> torch.Tensor:
+    """bool ``[B]``: too few neighbours carry the answer's label."""
+    if not config.gate:
+        return torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
+    return votes.gather(1, scores.argmax(1, keepdim=True))[:, 0] < config.gate
