@@ -30,7 +30,7 @@ from attack_client.transfer import craft, load_surrogate
 from benchmarks import results
 from cli.demo import run_command, running_service
 from cli.options import load_data, use_threads
-from cli.output import note, percent, print_table, size
+from cli.output import note, print_table, size
 from mithridate.bundle import Bundle
 from mithridate.defenses import Budget, Defence, Prediction, Request, Resources, build_defence
 from mithridate.images import encode_png
@@ -43,8 +43,8 @@ _DEFENCES = (
     "deepnn",
     "rmc",
     "rmc:solver=adam",
-    "rmc:scope=tail,neighbors=64,epochs=3",
-    "rmc:scope=all,neighbors=64,epochs=3",
+    "rmc:scope=tail,neighbors=64,epochs=2",
+    "rmc:scope=all,neighbors=32,epochs=2",
 )
 _SAME, _FLAT = 1e-4, 0.01
 _FIRST, _EVERY = 200, 200
@@ -57,7 +57,7 @@ def main(
     dataset: str = "digits",
     epsilon: str = "32/255",
     images: int = 24,
-    permutations: int = 6,
+    permutations: int = 4,
     requests: int = 2000,
     defense: Annotated[list[str] | None, typer.Option()] = None,
     quick: bool = False,
@@ -81,7 +81,7 @@ def main(
     rows = [_order(text, resources, to_images(pixels), permutations, seed) for text in defense or _DEFENCES]
     _print(rows, memory, len(pixels))
     good = all(row["alone"] == 0 and row["together"] <= _SAME for row in rows)
-    good &= all(found["growth"] < _FLAT for found in memory.values())
+    good &= all(found["resident_growth"] < _FLAT for found in memory.values())
     if quick:
         note("--quick: nothing is filed")
     else:
@@ -102,17 +102,23 @@ def _order(text: str, resources: Resources, images: Images, permutations: int, s
     """The largest difference of any score, with the requests in another order, and in company."""
     note(f"order: {text}")
     defence = build_defence(text, resources)
-    usual = _answers(defence, images, [[number] for number in range(len(images))])
+    usual, adapted = _answers(defence, images, [[number] for number in range(len(images))])
     alone, together, turned = 0.0, 0.0, 0
     chance = np.random.default_rng(seed)
     for _ in range(permutations):
         order = chance.permutation(len(images)).tolist()
-        again = _answers(defence, images, [[number] for number in order])
+        again, _ = _answers(defence, images, [[number] for number in order])
         alone = max(alone, float((again - usual).abs().max()))
-        again = _answers(defence, images, _groups(order, chance))
+        again, _ = _answers(defence, images, _groups(order, chance))
         together = max(together, float((again - usual).abs().max()))
         turned += int((again.argmax(1) != usual.argmax(1)).sum())
-    return {"defense": defence.name, "alone": alone, "together": together, "other_classes": turned}
+    return {
+        "defense": defence.name,
+        "adapted": adapted,
+        "alone": alone,
+        "together": together,
+        "other_classes": turned,
+    }
 
 
 def _groups(numbers: Sequence[int], chance: np.random.Generator) -> list[list[int]]:
@@ -124,9 +130,11 @@ def _groups(numbers: Sequence[int], chance: np.random.Generator) -> list[list[in
     return groups
 
 
-def _answers(defence: Defence, images: Images, groups: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Scores ``[N, C]`` in the order of ``images``, asked for in the order of ``groups``."""
+def _answers(defence: Defence, images: Images, groups: Sequence[Sequence[int]]) -> tuple[torch.Tensor, int]:
+    """Scores ``[N, C]`` in the order of ``images``, asked for in the order of ``groups``, and how many adapted weights
+    gave."""
     scores: dict[int, torch.Tensor] = {}
+    adapted = 0
     for group in groups:
         asked = [
             Request(images=images[n : n + 1], generator=torch.Generator().manual_seed(n), budget=Budget())
@@ -135,7 +143,8 @@ def _answers(defence: Defence, images: Images, groups: Sequence[Sequence[int]]) 
         for number, outcome in zip(group, defence.predict_together(asked), strict=True):
             assert isinstance(outcome, Prediction)
             scores[number] = outcome.scores[0]
-    return torch.stack([scores[number] for number in range(len(images))])
+            adapted += outcome.adaptations[0] is not None and outcome.adaptations[0].weights == "adapted"
+    return torch.stack([scores[number] for number in range(len(images))]), adapted
 
 
 def _memory_here(defence: Defence, images: Images, requests: int, seed: int) -> dict[str, Any]:
@@ -144,7 +153,7 @@ def _memory_here(defence: Defence, images: Images, requests: int, seed: int) -> 
         place = int(chance.integers(len(images)))
         defence.predict(images[place : place + 1], generator=torch.Generator().manual_seed(number), budget=Budget())
         if number % _EVERY == 0:
-            seen[number] = _resident(os.getpid())
+            seen[number] = _memory(os.getpid())
     return _growth(seen)
 
 
@@ -158,18 +167,19 @@ async def _memory_of_service(url: str, images: Sequence[bytes], requests: int, s
 
         for number in range(_EVERY, requests + 1, _EVERY):
             await asyncio.gather(*(some(_EVERY // _CLIENTS) for _ in range(_CLIENTS)))
-            seen[number] = _resident(pid)
+            seen[number] = _memory(pid)
     return _growth(seen)
 
 
-def _growth(seen: dict[int, int]) -> dict[str, Any]:
-    last = max(seen)
-    return {"resident_bytes": seen, "growth": seen[last] / seen[_FIRST] - 1}
+def _growth(seen: dict[int, dict[str, int]]) -> dict[str, Any]:
+    first, last = seen[_FIRST], seen[max(seen)]
+    return {"bytes": seen, **{f"{key}_growth": last[key] / first[key] - 1 for key in first}}
 
 
-def _resident(pid: int) -> int:
-    """Bytes of a process's memory that are in use now."""
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def _memory(pid: int) -> dict[str, int]:
+    """Bytes that a process has in memory now: all of them, and without what is mapped from files."""
+    lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return {key: 1024 * int(lines[name].split()[0]) for key, name in (("resident", "VmRSS"), ("own", "RssAnon"))}
 
 
 def _child() -> int:
@@ -190,17 +200,25 @@ def _parent(process: Path) -> int | None:
 
 
 def _print(rows: Sequence[dict[str, Any]], memory: dict[str, dict[str, Any]], images: int) -> None:
-    header = ["defence", "in another order", "in company", "other classes"]
+    header = ["defence", "adapted", "in another order", "in company", "other classes"]
     cells = [
-        [row["defense"], f"{row['alone']:.1e}", f"{row['together']:.1e}", str(row["other_classes"])] for row in rows
+        [
+            row["defense"],
+            f"{row['adapted']} of {images}",
+            *(f"{row[key]:.1e}" for key in ("alone", "together")),
+            str(row["other_classes"]),
+        ]
+        for row in rows
     ]
-    print_table(f"largest difference of a score, {images} images", header, cells)
-    header = ["rmc", "requests", f"after {_FIRST}", "after the last", "growth"]
+    print_table("largest difference of a score, with the requests", header, cells)
+    header = ["rmc", "memory", f"after {_FIRST}", "after the last", "requests", "growth"]
     cells = []
     for where, found in memory.items():
-        seen = found["resident_bytes"]
-        cells.append([where, str(max(seen)), size(seen[_FIRST]), size(seen[max(seen)]), percent(found["growth"])])
-    print_table("resident memory", header, cells)
+        seen = found["bytes"]
+        for key, what in (("resident", "resident"), ("own", "without files")):
+            ends = (size(seen[number][key]) for number in (_FIRST, max(seen)))
+            cells.append([where, what, *ends, str(max(seen)), f"{100 * found[f'{key}_growth']:.2f} %"])
+    print_table("memory", header, cells)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import os
 import torch
 
 from mithridate.errors import OptionError
+from mithridate.memory import keep_freed_memory
 from mithridate.neighbors import set_search_threads
 
 
@@ -27,6 +28,7 @@ def resolve_device(name: str) -> torch.device:
 
 def use_threads(count: int | None) -> None:
     """Sets torch and FAISS to ``count`` threads, or as many as this process has cores."""
+    keep_freed_memory()
     count = count or len(os.sched_getaffinity(0))
     torch.set_num_threads(count)
     set_search_threads(count)

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from mithridate.bundle import Bundle
-from mithridate.defenses import Budget, Defence, Resources, build_defence, describe_defence, parse_defence
+from mithridate.defenses import Budget, Defence, Resources, build_defence, defence_name, describe_defence
 from mithridate.devices import resolve_device, use_threads
-from mithridate.errors import ModelError, OptionError
+from mithridate.errors import OptionError
 from mithridate.types import to_images
 from service.settings import Settings
 
@@ -32,16 +32,10 @@ class Loaded:
         """The defence a request names, or the default. Raises OptionError where it is not offered."""
         if text is None:
             return self.defences[self.default]
-        found = self.defences.get(text) or self.defences.get(self._canonical(text))
+        found = self.defences.get(text) or self.defences.get(defence_name(text, self.resources))
         if found is None:
             raise OptionError(f"defence {text!r} is not offered here; allowed: {', '.join(self.defences)}")
         return found
-
-    def _canonical(self, text: str) -> str:
-        try:
-            return parse_defence(text)(self.resources).name
-        except ModelError:  # it needs a head, and this network has none
-            return text
 
 
 def load(settings: Settings) -> Loaded:
@@ -51,6 +45,9 @@ def load(settings: Settings) -> Loaded:
     resources = Resources.load(bundle, device=resolve_device(settings.device), allow_factory=settings.arch)
     offered = settings.offered if resources.classifier.has_head else _without_head(settings)
     made = {text: build_defence(text, resources) for text in offered}
+    for text, defence in made.items():
+        if getattr(defence, "offline", False):
+            raise OptionError(f"{text} is for offline comparison only and cannot be served; leave it out of --offer")
     defences = {defence.name: defence for defence in made.values()}
     loaded = Loaded(
         bundle=bundle,

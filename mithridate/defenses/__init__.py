@@ -10,7 +10,13 @@ from mithridate.defenses.base import (
     Request,
     Resources,
 )
-from mithridate.defenses.pipeline import DEFAULT_DEFENCES, build_defence, describe_defence, parse_defence
+from mithridate.defenses.pipeline import (
+    DEFAULT_DEFENCES,
+    build_defence,
+    defence_name,
+    describe_defence,
+    parse_defence,
+)
 
 __all__ = [
     "DEFAULT_DEFENCES",
@@ -23,6 +29,7 @@ __all__ = [
     "Request",
     "Resources",
     "build_defence",
+    "defence_name",
     "describe_defence",
     "parse_defence",
 ]

@@ -41,15 +41,16 @@ class Resources:
         classifier = bundle.classifier(allow_factory=allow_factory)
         index, exemplars = bundle.index(), bundle.exemplars()
         with torch.no_grad():
-            embedding, head_input = classifier.features(torch.zeros(1, *classifier.spec.image_shape))
-        widths = [("embeddings", bundle.embeddings.shape[1], embedding.shape[1])]
+            trace = classifier.trace(torch.zeros(1, *classifier.spec.image_shape))
+        shapes = [("embeddings", bundle.embeddings.shape[1:], trace.embedding.shape[1:])]
         if classifier.has_head:
-            widths.append(("features", exemplars.features.shape[1], head_input.shape[1]))
-        for what, stored, computed in widths:
-            if stored != computed:
-                raise BundleError(
-                    f"bundle {bundle.path}: its {what} are {stored} numbers wide, the model's are {computed}"
-                )
+            shapes.append(("features", exemplars.features.shape[1:], trace.head_input.shape[1:]))
+        if trace.activation is not None and exemplars.activations is not None:
+            shapes.append(("activations", exemplars.activations.shape[1:], trace.activation.shape[1:]))
+        for what, stored, computed in shapes:
+            if tuple(stored) != tuple(computed):
+                stated, seen = ("x".join(map(str, shape)) for shape in (stored, computed))
+                raise BundleError(f"bundle {bundle.path}: its {what} are {stated} numbers, the model's are {seen}")
         tuning = read_tuning(bundle.path, bundle.digest)
         return cls(
             classifier=classifier.to(device),

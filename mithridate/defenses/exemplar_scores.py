@@ -11,7 +11,7 @@ _NUMBERS_KEPT = 32_000_000
 
 
 class ExemplarScores:
-    """Softmax scores of exemplars, from their stored head inputs. Shared by all defences of one bundle.
+    """Softmax scores of exemplars, from their stored head inputs.
 
     Raises ModelError where the network has no head.
     """

@@ -35,7 +35,7 @@ class AdamConfig:
     tolerance: float = 0.1
     anchor: float = 0.0
     held_out: float = 0.2
-    patience: int = 5
+    patience: int = 50
     refit: bool = True
 
     def __post_init__(self) -> None:

@@ -57,9 +57,9 @@ class KNNOATConfig:
     neighbors: int = 256
     attack: str = "pgd10"
     epsilon: str = "8/255"
-    learning_rate: float = 1e-4
-    epochs: int = 3
-    batch_size: int = 64
+    learning_rate: float = 3e-4
+    epochs: int = 1
+    batch_size: int = 16
 
     def __post_init__(self) -> None:
         require("knn-oat", "neighbors", self.neighbors, 1, 65_536)
@@ -182,9 +182,9 @@ class _Trainer:
 
     def _step(self, pixels: torch.Tensor, labels: torch.Tensor) -> None:
         """Attacks a batch on the network as it is now, and fits both; or raises BudgetExceededError, all unchanged."""
-        attacked = self._config.pgd.run(self._forward, pixels, labels, generator=self._generator)
-        images = to_images(torch.cat([pixels, attacked]))
         with torch.enable_grad():
+            attacked = self._config.pgd.run(self._forward, pixels, labels, generator=self._generator)
+            images = to_images(torch.cat([pixels, attacked]))
             loss = F.cross_entropy(self._forward(images), labels.repeat(2))
             self._optimizer.zero_grad(set_to_none=True)
             loss.backward()

@@ -36,7 +36,7 @@ from mithridate.neighbors import NeighborIndex
 from mithridate.types import Images, Logits, Scores
 
 _SURROGATE_TEMPERATURE = 0.5
-"""Of the mean distance to the voters: soft enough for a gradient, near enough to the vote."""
+"""Of the mean distance to the voters. Of 60 attacked digits the vote got 28 right at 0.1, 2 at 0.5 and 6 at 1."""
 
 _SURROGATE_NEIGHBORS, _SURROGATE_NUMBERS = 2048, 500_000
 """How many exemplars the surrogate looks at: wide enough to see other classes, bounded for wide embeddings."""

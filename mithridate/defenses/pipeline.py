@@ -55,6 +55,7 @@ def _ridge(resources: Resources, config: RidgeConfig) -> Adapter:
     return RidgeHead(resources=resources, config=config, scores=ExemplarScores(resources))
 
 
+# The options that each scope has without any: the preset ``balanced``.
 _SCOPES = {
     ("head", "ridge"): _Scope(
         config=RMCConfig(selection=SelectionConfig(neighbors=256, temperature=0.5), adapting=RidgeConfig()),
@@ -67,12 +68,18 @@ _SCOPES = {
         prefix={"solver": "adam"},
     ),
     ("tail", None): _Scope(
-        config=RMCConfig(selection=SelectionConfig(neighbors=256), adapting=TailConfig()),
+        config=RMCConfig(
+            selection=SelectionConfig(neighbors=32),
+            adapting=TailConfig(learning_rate=0.01, epochs=10, batch_size=16, refit=False),
+        ),
         make=lambda resources, config: TailAdapter(resources=resources, config=config),
         prefix={"scope": "tail"},
     ),
     ("all", None): _Scope(
-        config=RMCConfig(selection=SelectionConfig(neighbors=1024), adapting=AllConfig()),
+        config=RMCConfig(
+            selection=SelectionConfig(neighbors=32),
+            adapting=AllConfig(learning_rate=0.003, epochs=10, batch_size=16),
+        ),
         make=lambda resources, config: AllAdapter(resources=resources, config=config),
         prefix={"scope": "all"},
     ),
@@ -103,25 +110,35 @@ def parse_defence(text: str) -> Maker:
 
 
 def _parse_rmc(options: dict[str, str]) -> Maker:
-    """Without a preset or an option, what the bundle was tuned to (where it was); else ``balanced``."""
-    name = options.pop("preset", None)
-    if name == "tuned" or (name is None and not options):
-        return lambda resources: _make_rmc({**_tuned(resources, required=name is not None), **options}, resources)
-    scope = options.get("scope", "head")
+    full = _rmc_options(options)
+    if full is not None:
+        _read_rmc(full)  # says now what is wrong with it
+    return lambda resources: _make_rmc(_tuned(resources, options) if full is None else full, resources)
+
+
+def _rmc_options(options: Mapping[str, str]) -> Mapping[str, str] | None:
+    """With the preset's in place; None where a bundle's tuning decides. Without a preset that is ``balanced``."""
+    name = options.get("preset")
+    if name == "tuned" or not options:
+        return None
+    rest = {key: value for key, value in options.items() if key != "preset"}
+    scope = rest.get("scope", "head")
     known = {scope for scope, _ in _SCOPES}
     if scope not in known:
         raise OptionError(unknown("scope", scope, known))
-    full = {**preset_options(name or "balanced", scope), **options}
-    _read_rmc(full)  # says now what is wrong with it
-    return lambda resources: _make_rmc(full, resources)
+    return {**preset_options(name or "balanced", scope), **rest}
 
 
-def _tuned(resources: Resources, *, required: bool) -> Mapping[str, str]:
+def _tuned(resources: Resources, options: Mapping[str, str]) -> Mapping[str, str]:
+    """What the bundle was tuned to, and ``options`` beside it. Raises OptionError where it must have been and was
+    not.
+    """
+    rest = {key: value for key, value in options.items() if key != "preset"}
     if resources.tuning is not None:
-        return split_text(resources.tuning)[1]
-    if required:
+        return {**split_text(resources.tuning)[1], **rest}
+    if "preset" in options:
         raise OptionError("this bundle has not been tuned; run mithridate bench BUNDLE --tune, or name another preset")
-    return preset_options("balanced", "head")
+    return {**preset_options("balanced", "head"), **rest}
 
 
 def _read_rmc(options: Mapping[str, str]) -> tuple[_Scope, RMCConfig]:
@@ -138,10 +155,15 @@ def _read_rmc(options: Mapping[str, str]) -> tuple[_Scope, RMCConfig]:
     return found, fill(found.config, rest, of=of)
 
 
+def _rmc_name(scope: _Scope, config: RMCConfig, resources: Resources) -> str:
+    name = canonical("rmc", config, scope.config, prefix=scope.prefix)
+    return "rmc:preset=balanced" if name == "rmc" and resources.tuning is not None else name
+
+
 def _make_rmc(options: Mapping[str, str], resources: Resources) -> Defence:
     scope, config = _read_rmc(options)
     return RMC(
-        name=canonical("rmc", config, scope.config, prefix=scope.prefix),
+        name=_rmc_name(scope, config, resources),
         resources=resources,
         adapter=scope.make(resources, config.adapting),
         selection=config.selection,
@@ -152,6 +174,18 @@ def _make_rmc(options: Mapping[str, str], resources: Resources) -> Defence:
 def build_defence(text: str, resources: Resources) -> Defence:
     """The defence that ``text`` names, on ``resources``."""
     return parse_defence(text)(resources)
+
+
+def defence_name(text: str, resources: Resources) -> str:
+    """The canonical name of what ``text`` names. Makes nothing: a service asks this of whatever a request says."""
+    name, options = split_text(text)
+    if name == "rmc":
+        full = _rmc_options(options)
+        return _rmc_name(*_read_rmc(_tuned(resources, options) if full is None else full), resources)
+    parse_defence(text)
+    if name in ("webnn", "deepnn"):
+        return canonical(name, fill(NeighborVoteConfig(), options, of=name), NeighborVoteConfig())
+    return name if name == "none" else canonical(name, fill(KNNOATConfig(), options, of=name), KNNOATConfig())
 
 
 def describe_defence(defence: Defence) -> str:

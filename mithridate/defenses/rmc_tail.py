@@ -30,16 +30,17 @@ class TailConfig:
     an epoch is below ``tolerance``. ``anchor`` times the squared distance from the base weights is added to the loss.
     The weights that suit the held-out neighbours best stay, the base weights among them.
 
-    ``refit``: then as many epochs again from the base weights on, now on all neighbours. ``precision`` of the
-    fine-tuning: ``auto`` is bfloat16 on a CPU that has it in hardware; the answer is float32.
+    ``refit``: then as many epochs again from the base weights on, now on all neighbours. Off unless asked for: at
+    learning rates that repair attacks nothing is left to say when it is too much, and it was measured to harm.
+    ``precision`` of the fine-tuning: ``auto`` is bfloat16 on a CPU that has it in hardware; the answer is float32.
     """
 
-    learning_rate: float = 1e-3
+    learning_rate: float = 1e-2
     epochs: int = 10
-    batch_size: int = 64
+    batch_size: int = 16
     patience: int = 5
     held_out: float = 0.2
-    refit: bool = True
+    refit: bool = False
     tolerance: float = 0.0
     anchor: float = 0.0
     precision: Precision = "auto"

@@ -10,13 +10,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mithridate.defenses import Budget, Prediction, Resources, build_defence
+from mithridate.defenses import Budget, Defence, Prediction, Resources, build_defence
 from mithridate.defenses.head_adam import AdamConfig
 
 
 def predict(text: str, resources: Resources, images: torch.Tensor, budget: Budget | None = None) -> Prediction:
+    """One request to the defence that ``text`` names."""
+    return answer(build_defence(text, resources), images, budget)
+
+
+def answer(defence: Defence, images: torch.Tensor, budget: Budget | None = None) -> Prediction:
     """One request."""
-    defence = build_defence(text, resources)
     return defence.predict(images, generator=torch.Generator().manual_seed(3), budget=budget or Budget())
 
 

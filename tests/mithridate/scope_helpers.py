@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from collections.abc import Callable
 from copy import deepcopy
@@ -76,6 +77,24 @@ def check_rows_do_not_mix(adapter: Adapter, query: Query, classifier: nn.Module)
         torch.testing.assert_close(scores(adapter, pick(query, order)), answers[order], rtol=0, atol=1e-4)
     torch.testing.assert_close(scores(adapter, query), answers, rtol=0, atol=0)
     assert all(torch.equal(value, before[name]) for name, value in classifier.state_dict().items())
+
+
+def check_leaves_nothing(call: Callable[[], object], calls: int = 20) -> None:
+    """Calls leave no tensor and no other object behind."""
+
+    def alive() -> tuple[int, int]:
+        gc.collect()
+        objects = gc.get_objects()
+        return sum(issubclass(type(thing), torch.Tensor) for thing in objects), len(objects)
+
+    for _ in range(3):
+        call()
+    tensors, objects = alive()
+    for _ in range(calls):
+        call()
+    tensors_then, objects_then = alive()
+    assert tensors_then == tensors
+    assert objects_then - objects < calls
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -328,7 +328,7 @@ def test_an_index_of_something_else_is_refused_though_signed(copy: Path) -> None
 def test_an_embedding_layer_of_another_width_is_refused(copy: Path) -> None:
     """The manifest names a layer that the stored embeddings do not come from."""
     edit(copy, set_to("model", "embedding_layer", value="stage1"))
-    refused(copy, "embeddings are 128 numbers wide, the model's are 64")
+    refused(copy, "embeddings are 128 numbers, the model's are 64")
 
 
 def test_a_users_code_runs_only_when_it_is_named_again(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

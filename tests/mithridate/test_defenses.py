@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
+from index_builder.build import BuildPlan, build_bundle
 from mithridate.attacks import parse_attack
+from mithridate.bundle import Bundle
 from mithridate.datasets import LabelledImages
 from mithridate.defenses import (
     DEFAULT_DEFENCES,
@@ -28,13 +26,31 @@ from mithridate.defenses import (
 from mithridate.errors import MithridateError, OptionError
 from mithridate.types import Epsilon, to_images
 
-SMALL_ALL = "rmc:scope=all,neighbors=30,epochs=2,batch_size=8,learning_rate=0.001"
-ALL = ["none", "rmc", "webnn", "deepnn", SMALL_ALL]
+SLOW = {
+    "rmc:scope=tail,neighbors=30,epochs=2,batch_size=8,learning_rate=0.01",
+    "rmc:scope=all,neighbors=30,epochs=2,batch_size=8,learning_rate=0.001",
+    "knn-oat:neighbors=16,attack=pgd2,learning_rate=0.001,epochs=1,batch_size=8",
+}
+ALL = ["none", "rmc", "rmc:solver=adam", "webnn", "deepnn", "webnn:scores=softmax,weights=cbw-d", *sorted(SLOW)]
+
+
+@pytest.fixture(scope="module")
+def resources(tmp_path_factory: pytest.TempPathFactory, digits_train: LabelledImages) -> Resources:
+    """With a tail: every scope has what it needs."""
+    out = tmp_path_factory.mktemp("bundles") / "digits-with-tail"
+    plan = BuildPlan(
+        data=digits_train, out=out, attacks=("pgd10",), epsilon=Epsilon(32), shard_size=512, tail_layer="auto"
+    )
+    build_bundle(plan)
+    return Resources.load(Bundle.open(out))
+
+
+def ask(defence: Defence, images: torch.Tensor, budget: Budget | None = None) -> Prediction:
+    return defence.predict(images, generator=torch.Generator().manual_seed(3), budget=budget or Budget())
 
 
 def predict(text: str, resources: Resources, images: torch.Tensor, budget: Budget | None = None) -> Prediction:
-    generator = torch.Generator().manual_seed(3)
-    return build_defence(text, resources).predict(images, generator=generator, budget=budget or Budget())
+    return ask(build_defence(text, resources), images, budget)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +67,9 @@ def fingerprint(resources: Resources) -> str:
     digest = hashlib.sha256()
     tensors = [*resources.classifier.state_dict().values(), resources.classifier.head.weight]
     tensors += [resources.exemplars.features, resources.exemplars.labels, resources.exemplars.predictions]
-    tensors += [resources.index.embeddings(torch.arange(len(resources.index)))]
+    tensors += [resources.index.embeddings(torch.arange(len(resources.exemplars)))]
+    assert resources.exemplars.activations is not None
+    tensors += [resources.exemplars.activations]
     tensors += [resources.exemplars.pixels(torch.arange(len(resources.exemplars)))]
     for tensor in tensors:
         digest.update(tensor.contiguous().numpy().tobytes())
@@ -67,10 +85,11 @@ def fingerprint(resources: Resources) -> str:
 def test_an_answer_does_not_depend_on_the_rest_of_the_batch(
     resources: Resources, images: torch.Tensor, text: str
 ) -> None:
-    count = 12 if text == SMALL_ALL else 100
+    count = 12 if text in SLOW else 100
+    defence = build_defence(text, resources)
     images, order = images[:count], torch.randperm(count, generator=torch.Generator().manual_seed(1))
-    together, shuffled = predict(text, resources, images), predict(text, resources, images[order])
-    alone = [predict(text, resources, image[None]) for image in images]
+    together, shuffled = ask(defence, images), ask(defence, images[order])
+    alone = [ask(defence, image[None]) for image in images]
     single = torch.cat([one.scores for one in alone])
     assert (single - together.scores).abs().max() <= 1e-4
     assert torch.equal(single.argmax(1), together.scores.argmax(1))
@@ -86,10 +105,12 @@ def test_an_answer_does_not_depend_on_the_rest_of_the_batch(
 def test_an_answer_does_not_depend_on_what_runs_beside_it(
     resources: Resources, images: torch.Tensor, text: str
 ) -> None:
-    wanted = [predict(text, resources, image[None]).scores for image in images[:4]]
+    # Made beforehand: making one traces the network, and no other thread may run it meanwhile.
+    defence, others = build_defence(text, resources), [build_defence(other, resources) for other in ALL]
+    wanted = [ask(defence, image[None]).scores for image in images[:4]]
     with ThreadPoolExecutor(4) as pool:
-        jobs = [pool.submit(predict, ALL[i % 5], resources, images[i : i + 3]) for i in range(10)]
-        answers = list(pool.map(lambda image: predict(text, resources, image[None]).scores, images[:4]))
+        jobs = [pool.submit(ask, other, images[i : i + 3]) for i, other in enumerate(others)]
+        answers = list(pool.map(lambda image: ask(defence, image[None]).scores, images[:4]))
         assert all(torch.isfinite(job.result().scores).all() for job in jobs)
     assert (torch.cat(answers) - torch.cat(wanted)).abs().max() <= 1e-4
 
@@ -108,27 +129,27 @@ def raising_after(checks: int) -> Callable[[], bool]:
 @pytest.mark.parametrize("text", ALL)
 def test_nothing_stays_behind(resources: Resources, images: torch.Tensor, text: str) -> None:
     """After hostile images, exceptions in the middle of the work, and callers who leave."""
-    before, probe = fingerprint(resources), images[:2]
-    wanted = predict(text, resources, probe)
+    before, probe, defence = fingerprint(resources), images[:2], build_defence(text, resources)
+    wanted = ask(defence, probe)
     grad_mode, rng = torch.is_grad_enabled(), torch.random.get_rng_state()
     for hostile in (torch.full((2, 1, 8, 8), 1e30), torch.full((1, 1, 8, 8), torch.nan), torch.ones(1, 2, 8, 8)):
         try:
-            predict(text, resources, hostile)
+            ask(defence, hostile)
         except (MithridateError, RuntimeError, ValueError):
             assert torch.is_grad_enabled() == grad_mode
     for checks in (0, 1, 2, 3, 5):
         left = iter([False] * checks)
         for cancelled in (raising_after(checks), lambda left=left: next(left, True)):
             try:
-                predict(text, resources, images[4:6], Budget(cancelled=cancelled))
+                ask(defence, images[4:6], Budget(cancelled=cancelled))
             except (ConnectionResetError, MithridateError):
                 assert torch.is_grad_enabled() == grad_mode
-    build_defence(text, resources).surrogate(
+    defence.surrogate(
         images[:3].clone().requires_grad_(), generator=torch.Generator().manual_seed(0), budget=Budget()
     ).sum().backward()
     assert fingerprint(resources) == before
     assert torch.equal(torch.random.get_rng_state(), rng)
-    again = predict(text, resources, probe)
+    again = ask(defence, probe)
     assert torch.equal(again.scores, wanted.scores)
     assert again.adaptations == wanted.adaptations
 
@@ -144,7 +165,7 @@ def test_scores_are_a_distribution_over_the_classes(resources: Resources, images
         torch.testing.assert_close(scores.sum(1), torch.ones(10))
     assert torch.equal(prediction.base_scores, base.scores)
     assert len(prediction.adaptations) == len(prediction.neighborhoods) == 10
-    assert all((a is not None) == text.startswith("rmc") for a in prediction.adaptations)
+    assert all((a is not None) == text.startswith(("rmc", "knn-oat")) for a in prediction.adaptations)
     assert all((n is None) == (text == "none") for n in prediction.neighborhoods)
     assert prediction.seconds
     assert min(prediction.seconds.values()) >= 0
@@ -157,50 +178,19 @@ def test_scores_are_a_distribution_over_the_classes(resources: Resources, images
 def test_the_surrogate_is_differentiable_and_agrees_with_the_answer(
     resources: Resources, images: torch.Tensor, text: str
 ) -> None:
-    images = images[: 8 if text == SMALL_ALL else 30]
+    images = images[: 8 if text in SLOW else 30]
     defence, asked = build_defence(text, resources), images.clone().requires_grad_()
     logits = defence.surrogate(asked, generator=torch.Generator().manual_seed(3), budget=Budget())
     (gradient,) = torch.autograd.grad(logits.logsumexp(1).sum() - logits[:, 0].sum(), asked)
     assert torch.isfinite(gradient).all()
     moving = (gradient.flatten(1).abs().sum(1) > 0).float().mean()
     assert moving > 0.99
-    agreement = (logits.argmax(1) == predict(text, resources, images).scores.argmax(1)).float().mean()
-    assert agreement == 1 if text in ("none", "rmc", SMALL_ALL) else agreement > 0.8
+    scores = ask(defence, images).scores
+    best = scores.topk(2, dim=1).values
+    clear = best[:, 0] - best[:, 1] > 1e-2  # of two classes with equal votes it may name the other
+    assert clear.float().mean() > 0.9
+    assert torch.equal(logits.argmax(1)[clear], scores.argmax(1)[clear])
     assert all(parameter.grad is None for parameter in resources.classifier.parameters())
-
-
-# Neighbour votes
-
-
-@pytest.mark.parametrize("kind", ["webnn", "deepnn"])
-@pytest.mark.parametrize("neighbors", [1, 4, 64])
-def test_votes_equal_a_count_by_hand(
-    resources: Resources, images: torch.Tensor, digits_train: LabelledImages, kind: str, neighbors: int
-) -> None:
-    prediction, sources = predict(f"{kind}:neighbors={neighbors}", resources, images[:25]), len(digits_train)
-    with torch.no_grad():
-        embeddings = resources.classifier.embed(images[:25]).double()
-    everything = resources.index.embeddings(torch.arange(len(resources.index))).double()
-    candidates = everything[:sources] if kind == "deepnn" else everything
-    for row, embedding in enumerate(embeddings):
-        distances = (candidates - embedding).square().sum(1).tolist()
-        nearest = sorted(range(len(candidates)), key=lambda i: (distances[i], i))[:neighbors]
-        votes = Counter(int(digits_train.labels[i % sources]) for i in nearest)
-        assert [round(float(s) * neighbors) for s in prediction.scores[row]] == [votes[c] for c in range(10)]
-        winner = min(votes, key=lambda c: (-votes[c], c))
-        assert prediction.scores[row].argmax() == winner
-        seen = prediction.neighborhoods[row]
-        assert seen is not None
-        assert seen.ids.tolist() == nearest
-        assert seen.label_counts == dict(votes)
-        assert list(seen.label_counts.values()) == sorted(votes.values(), reverse=True)
-        assert seen.adversarial_fraction == pytest.approx(sum(i >= sources for i in nearest) / neighbors)
-
-
-def test_deepnn_asks_clean_exemplars_only(resources: Resources, images: torch.Tensor) -> None:
-    clean, everyone = predict("deepnn", resources, images), predict("webnn", resources, images)
-    assert all(n is not None and n.adversarial_fraction == 0 for n in clean.neighborhoods)
-    assert any(n is not None and n.adversarial_fraction > 0 for n in everyone.neighborhoods)
 
 
 # Names
@@ -209,27 +199,14 @@ def test_deepnn_asks_clean_exemplars_only(resources: Resources, images: torch.Te
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
-        ("rmcc", ["unknown defence 'rmcc'", "did you mean 'rmc'", "deepnn, none, rmc, webnn"]),
+        ("rmcc", ["unknown defence 'rmcc'", "did you mean 'rmc'", "deepnn, knn-oat, none, rmc, webnn"]),
         ("", ["unknown defence ''"]),
         ("RMC", ["unknown defence 'RMC'"]),
-        ("rmc:neighbours=3", ["unknown option of rmc 'neighbours'", "did you mean 'neighbors'"]),
-        ("rmc:epochs=3", ["unknown option of rmc 'epochs'", "learning_rate, neighbors, steps, tolerance"]),
-        ("rmc:scope=all,steps=3", ["unknown option of rmc:scope=all 'steps'"]),
-        ("rmc:scope=tail", ["unknown scope 'tail'", "all, head"]),
-        ("rmc:neighbors=many", ["rmc: neighbors='many' is not int"]),
-        ("rmc:neighbors=2.5", ["neighbors='2.5' is not int"]),
-        ("rmc:learning_rate=x", ["learning_rate='x' is not float"]),
-        ("rmc:learning_rate=nan", ["learning_rate=nan is out of range"]),
-        ("rmc:learning_rate=-1", ["learning_rate=-1.0 is out of range; allowed: 1e-09 to 100"]),
-        ("rmc:neighbors=0", ["neighbors=0 is out of range", "1 to 65536"]),
-        ("rmc:scope=all,neighbors=1", ["neighbors=1 is out of range", "2 to 65536"]),
-        ("webnn:neighbors=70000", ["a neighbour vote: neighbors=70000 is out of range"]),
-        ("rmc:steps=3,steps=4", ["cannot read 'steps=4'", "once each"]),
-        ("rmc:steps", ["cannot read 'steps'"]),
-        ("rmc:", ["cannot read ''", "name:key=value"]),
-        ("rmc:steps=3,", ["cannot read ''"]),
-        ("rmc:=3", ["cannot read '=3'"]),
+        ("knn_oat", ["unknown defence 'knn_oat'", "did you mean 'knn-oat'"]),
         ("none:steps=3", ["none takes no options"]),
+        ("webnn:neighbors=3,neighbors=4", ["cannot read 'neighbors=4'", "once each"]),
+        ("webnn:neighbors", ["cannot read 'neighbors'"]),
+        ("webnn:", ["cannot read ''", "name:key=value"]),
     ],
 )
 def test_a_defence_that_does_not_exist_is_refused(text: str, parts: list[str]) -> None:
@@ -238,42 +215,15 @@ def test_a_defence_that_does_not_exist_is_refused(text: str, parts: list[str]) -
     assert [part for part in parts if part not in str(caught.value)] == [], str(caught.value)
 
 
-def leads_back(resources: Resources, text: str) -> Defence:
-    defence = build_defence(text, resources)
-    again = build_defence(defence.name, resources)
-    assert again.name == defence.name
-    assert again == defence
-    assert isinstance(defence, Defence)
-    return defence
-
-
-@settings(max_examples=50, deadline=None)
-@given(
-    neighbors=st.integers(2, 65_536),
-    rate=st.floats(1e-9, 100),
-    steps=st.integers(1, 1_000),
-    tolerance=st.floats(0, 100),
-)
-def test_a_name_leads_back_to_the_same_defence(
-    resources: Resources, neighbors: int, rate: float, steps: int, tolerance: float
-) -> None:
-    head = leads_back(
-        resources, f"rmc:tolerance={tolerance},neighbors={neighbors},scope=head,learning_rate={rate},steps={steps}"
-    )
-    assert asdict(head.config) == {
-        "neighbors": neighbors,
-        "learning_rate": rate,
-        "steps": steps,
-        "tolerance": tolerance,
-    }
-    leads_back(resources, f"rmc:scope=all,neighbors={neighbors},learning_rate={rate},epochs={steps}")
-    leads_back(resources, f"webnn:neighbors={neighbors}")
-
-
 def test_defaults_have_the_shortest_name_and_a_description(resources: Resources) -> None:
     for text in DEFAULT_DEFENCES:
-        defence = leads_back(resources, text)
+        defence = build_defence(text, resources)
+        assert isinstance(defence, Defence)
         assert defence.name == text
-        assert describe_defence(defence)
-    assert len({describe_defence(build_defence(text, resources)) for text in DEFAULT_DEFENCES}) == len(DEFAULT_DEFENCES)
-    assert leads_back(resources, " rmc:neighbors=256 ").name == "rmc"
+    described = [describe_defence(build_defence(text, resources)) for text in (*DEFAULT_DEFENCES, *SLOW)]
+    assert all(described)
+    assert len(set(described)) == len(described)
+
+
+def test_what_a_service_offers_unasked_is_fit_for_one(resources: Resources) -> None:
+    assert not any(getattr(build_defence(text, resources), "offline", False) for text in DEFAULT_DEFENCES)

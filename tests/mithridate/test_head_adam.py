@@ -51,6 +51,7 @@ def make(*, bias: bool = True, soft: bool = False) -> Case:
     noise = torch.linspace(0, 3.5, ROWS)[:, None, None] * torch.randn(ROWS, NEIGHBORS, WIDTH, generator=generator)
     features = centres[labels] + noise
     labels[8] = head(features[8]).argmax(1)  # the base model is right about all of them
+    features[6, :6] = 3 * centres[labels[6, :6]]  # the nearest of these are easier than the others
     labels[7, :6] = (labels[7, :6] + 1) % CLASSES  # what the others teach is wrong for the nearest
     weights = torch.ones(ROWS, NEIGHBORS, dtype=torch.float64)
     if soft:
@@ -62,7 +63,8 @@ def make(*, bias: bool = True, soft: bool = False) -> Case:
     )
 
 
-PLAIN = AdamConfig(held_out=0)
+HELD = AdamConfig(learning_rate=0.1, steps=50, tolerance=0.1, anchor=0.0, held_out=0.2, patience=5, refit=True)
+PLAIN = replace(HELD, held_out=0)
 
 
 @pytest.mark.parametrize(("bias", "soft"), [(True, False), (False, True)])
@@ -74,11 +76,12 @@ PLAIN = AdamConfig(held_out=0)
         replace(PLAIN, steps=3, tolerance=0),
         replace(PLAIN, tolerance=100),
         replace(PLAIN, steps=20, tolerance=0, anchor=0.3),
-        AdamConfig(steps=25),
-        AdamConfig(steps=25, refit=False),
-        AdamConfig(steps=5, tolerance=0.2, patience=3),
-        AdamConfig(learning_rate=0.5, steps=30, tolerance=0, patience=2),
-        AdamConfig(learning_rate=0.02, steps=15, patience=3, held_out=0.5, anchor=0.1),
+        replace(HELD, steps=25),
+        replace(HELD, steps=25, refit=False),
+        replace(HELD, learning_rate=0.02, steps=60, tolerance=0.6),
+        replace(HELD, steps=5, tolerance=0.2, patience=3),
+        replace(HELD, learning_rate=0.5, steps=30, tolerance=0, patience=2),
+        replace(HELD, learning_rate=0.02, steps=15, patience=3, held_out=0.5, anchor=0.1),
     ],
 )
 def test_heads_equal_one_by_one_training_with_torch(config: AdamConfig, soft: bool, bias: bool) -> None:
@@ -99,14 +102,14 @@ def test_heads_equal_one_by_one_training_with_torch(config: AdamConfig, soft: bo
 
 def test_the_examples_above_end_in_every_way_a_fit_can_end_by_itself() -> None:
     """Or they would prove less than they seem to."""
-    fates = make().fit(AdamConfig(learning_rate=0.1, steps=5, tolerance=0.2, patience=3)).adaptations
+    fates = make().fit(replace(HELD, learning_rate=0.1, steps=5, tolerance=0.2, patience=3)).adaptations
     assert {fate.stop_reason for fate in fates} == {"converged", "patience", "max_steps"}
     assert {fate.weights for fate in fates} == {"adapted", "base"}
     assert len({fate.steps for fate in fates}) > 3
 
 
 def test_rows_have_nothing_to_do_with_each_other() -> None:
-    case, config = make(soft=True), AdamConfig(steps=25, tolerance=0.2, patience=3)
+    case, config = make(soft=True), replace(HELD, steps=25, tolerance=0.2, patience=3)
     together = case.fit(config)
     for row in range(ROWS):
         alone = case.fit(config, rows=slice(row, row + 1))
@@ -116,9 +119,8 @@ def test_rows_have_nothing_to_do_with_each_other() -> None:
 
 def test_restores_the_best_of_the_held_out_and_not_the_last() -> None:
     """Step by step: the loss of the held out after exactly the kept number of steps is the least there was."""
-    case, config = make(), AdamConfig(steps=30, tolerance=0, patience=30, refit=False)
+    case, config = make(), replace(HELD, steps=30, tolerance=0, patience=30, refit=False)
     fit, held = case.fit(config), 6
-    kept_inside = 0
     for row, fate in enumerate(fit.adaptations):
         inputs = F.pad(case.features[row, :held].double(), (0, 1), value=1.0)
         loss = F.cross_entropy(inputs @ fit.weight[row].T, case.labels[row, :held])
@@ -126,14 +128,14 @@ def test_restores_the_best_of_the_held_out_and_not_the_last() -> None:
         assert loss.item() == pytest.approx(fate.held_out_loss[1])
         assert fate.held_out_loss[1] <= fate.held_out_loss[0]
         assert fate.steps == 30
+    for row in (3, 5):  # the best was on the way there
         _, _, first = case.slow(row, config)
-        kept_inside += 0 < first.kept < 30
-    assert kept_inside >= 3
+        assert 0 < first.kept < 30
 
 
 def test_where_nothing_helps_the_held_out_the_base_head_stays() -> None:
     case = make()
-    fit = case.fit(AdamConfig(steps=30, tolerance=0))
+    fit = case.fit(replace(HELD, steps=30, tolerance=0))
     start = torch.cat([case.head.weight, case.head.bias[:, None]], 1).double()
     fate = fit.adaptations[7]
     assert (fate.weights, fate.stop_reason, fate.steps) == ("base", "patience", 5)
@@ -144,7 +146,7 @@ def test_where_nothing_helps_the_held_out_the_base_head_stays() -> None:
 
 
 def test_a_refit_learns_from_the_held_out_too() -> None:
-    case, config = make(), AdamConfig(steps=20)
+    case, config = make(), replace(HELD, steps=20)
     once, again = case.fit(replace(config, refit=False)), case.fit(config)
     for row in range(7):
         first, both = once.adaptations[row], again.adaptations[row]
@@ -159,7 +161,7 @@ def test_the_anchor_pulls_towards_the_base_head() -> None:
     case, lengths = make(), []
     start = torch.cat([case.head.weight, case.head.bias[:, None]], 1).double()
     for anchor in (0.0, 0.1, 1.0, 10.0):
-        fit = case.fit(AdamConfig(learning_rate=0.02, steps=100, tolerance=0, anchor=anchor, held_out=0))
+        fit = case.fit(replace(HELD, learning_rate=0.02, steps=100, tolerance=0, anchor=anchor, held_out=0))
         lengths.append((fit.weight - start).flatten(1).norm(dim=1))
     for weaker, stronger in itertools.pairwise(lengths):
         assert (stronger < weaker).all()
@@ -173,7 +175,7 @@ def among(row: int, budget: Budget) -> tuple[Budget, ...]:
     return tuple(budget if other == row else Budget() for other in range(ROWS))
 
 
-@pytest.mark.parametrize("config", [replace(PLAIN, tolerance=0, steps=12), AdamConfig(tolerance=0, steps=12)])
+@pytest.mark.parametrize("config", [replace(PLAIN, tolerance=0, steps=12), replace(HELD, tolerance=0, steps=12)])
 @pytest.mark.parametrize("checks", [0, 1, 4])
 def test_a_caller_who_leaves_takes_nobody_along(config: AdamConfig, checks: int) -> None:
     case, free = make(), make().fit(config)
@@ -190,7 +192,7 @@ def test_a_caller_who_leaves_takes_nobody_along(config: AdamConfig, checks: int)
 
 
 def test_a_refit_that_is_cut_short_leaves_the_weights_that_were_validated() -> None:
-    config = AdamConfig(tolerance=0, steps=12)
+    config = replace(HELD, tolerance=0, steps=12)
     case, once = make(), make().fit(replace(config, refit=False))
     whole = case.fit(config)
     looks = once.adaptations[2].steps + 1  # the first fit looks before each step and once at its end
@@ -203,12 +205,12 @@ def test_a_refit_that_is_cut_short_leaves_the_weights_that_were_validated() -> N
 
 def test_a_fit_that_has_ended_is_not_said_to_have_been_interrupted() -> None:
     """Row 7 keeps the base head: nothing is left to do for it when its caller leaves."""
-    config = AdamConfig(tolerance=0, steps=12)
+    config = replace(HELD, tolerance=0, steps=12)
     fit = make().fit(config, among(7, Budget(cancelled=allow(6))))
     assert (fit.adaptations[7].stop_reason, fit.adaptations[7].steps) == ("patience", 5)
 
 
-@pytest.mark.parametrize("config", [replace(PLAIN, tolerance=0, steps=12), AdamConfig(tolerance=0, steps=12)])
+@pytest.mark.parametrize("config", [replace(PLAIN, tolerance=0, steps=12), replace(HELD, tolerance=0, steps=12)])
 @pytest.mark.parametrize("ceiling", [0, 1, 5, 12, 17, 24])
 def test_a_ceiling_counts_both_fits_and_is_the_rows_own(config: AdamConfig, ceiling: int) -> None:
     case, free = make(), make().fit(config)
@@ -237,7 +239,7 @@ def test_a_deadline_on_the_way_ends_that_row_with_what_there_is() -> None:
 # The edges
 
 
-@pytest.mark.parametrize("config", [PLAIN, AdamConfig()])
+@pytest.mark.parametrize("config", [PLAIN, HELD])
 def test_an_empty_fit_is_no_error(config: AdamConfig) -> None:
     empty = make().fit(config, rows=slice(0, 0))
     assert empty.adaptations == ()
@@ -247,7 +249,7 @@ def test_an_empty_fit_is_no_error(config: AdamConfig) -> None:
 def test_where_all_the_weight_is_on_the_held_out_there_is_nothing_to_learn() -> None:
     case = make()
     case.weights.zero_()[:, :3] = 1 / 3
-    fit = case.fit(AdamConfig(tolerance=0))
+    fit = case.fit(replace(HELD, tolerance=0))
     assert {fate.weights for fate in fit.adaptations} == {"base"}
     assert torch.isfinite(fit.weight).all()
 

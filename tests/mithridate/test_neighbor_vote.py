@@ -30,12 +30,12 @@ EVERY = [f"{kind}:{say}" for kind in ("webnn", "deepnn") for say in SAYS]
 
 @pytest.fixture(scope="module")
 def pixels(digits_test: LabelledImages) -> torch.Tensor:
-    return torch.from_numpy(digits_test.images[:120])
+    return torch.from_numpy(digits_test.images[:60])
 
 
 @pytest.fixture(scope="module")
 def labels(digits_test: LabelledImages) -> torch.Tensor:
-    return torch.from_numpy(digits_test.labels[:120])
+    return torch.from_numpy(digits_test.labels[:60])
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def attacked(resources: Resources, pixels: torch.Tensor, labels: torch.Tensor) -
 @pytest.fixture(scope="module")
 def images(pixels: torch.Tensor, attacked: torch.Tensor) -> torch.Tensor:
     """Clean and attacked ones in turn."""
-    return to_images(torch.where((torch.arange(120) % 2 == 0)[:, None, None, None], pixels, attacked))
+    return to_images(torch.where((torch.arange(60) % 2 == 0)[:, None, None, None], pixels, attacked))
 
 
 def predict(defence: Defence, images: torch.Tensor, budget: Budget | None = None) -> Prediction:
@@ -235,7 +235,7 @@ def test_the_surrogate_says_what_the_defence_says(resources: Resources, images: 
     answered, logits = predict(defence, images).scores, ascend(defence)(images).detach()
     best = answered.topk(2, dim=1).values
     clear = best[:, 0] - best[:, 1] > 1e-2  # of two classes with equal votes it may name the other
-    assert clear.float().mean() > 0.95
+    assert clear.float().mean() > 0.9
     assert torch.equal(logits.argmax(1)[clear], answered.argmax(1)[clear])
     torch.testing.assert_close(logits.softmax(1).float(), answered, rtol=0, atol=0.6 / defence.config.neighbors)
 
@@ -256,6 +256,7 @@ def test_the_surrogate_is_never_flat(
     (gradient,) = torch.autograd.grad(losses.sum(), asked)
     assert torch.isfinite(gradient).all()
     assert (gradient.flatten(1).abs().amax(1) > 0).all()
+    assert logits.softmax(1).topk(2, dim=1).values[:, 1].min() > 1e-8  # and the next class has its share in it
     assert all(parameter.grad is None for parameter in resources.classifier.parameters())
 
 
@@ -271,10 +272,11 @@ def test_an_attack_on_the_surrogate_beats_one_on_the_base_model(
         for tried in (pixels, attacked, found)
     ]
     assert (found.int() - pixels.int()).abs().max() <= RADIUS.levels
-    assert right[0] > 105
-    if text.startswith("webnn"):
-        assert right[2] < right[1] - 20
-    assert right[2] <= min(right[1], 12)
+    assert right[0] > 55
+    assert right[2] <= 6
+    assert right[2] < right[1] - 20 or right[1] <= 6  # some options leave nothing to a static attack
+    if text == "webnn:scores=vote,weights=uniform":
+        assert right[1] > 30
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -296,13 +298,13 @@ def slow_soft_logits(
 ) -> torch.Tensor:
     """One image; differentiable as the module is: scale and floor are constants."""
     known = distances.tolist()
-    scale = 0.1 * sum(known[:voters]) / voters
+    scale = module._SURROGATE_TEMPERATURE * sum(known[:voters]) / voters
     heights = [-(d - min(known)) / scale + math.log(w) for d, w in zip(distances, weights, strict=True)]
     logits = []
     for c in range(4):
         if says is None:
             terms = [h.exp() for h, label in zip(heights, labels, strict=True) if label == c]
-            terms.append(torch.tensor(math.exp(min(float(h) for h in heights) - 1), dtype=torch.float64))
+            terms.append(torch.tensor(math.exp(min(h.item() for h in heights) - 1), dtype=torch.float64))
         else:
             terms = [h.exp() * said for h, said in zip(heights, says[:, c], strict=True)]
         logits.append(torch.stack(terms).sum().log())

@@ -25,7 +25,7 @@ from mithridate.errors import BudgetExceededError, ModelError
 from mithridate.models import build_classifier
 from mithridate.types import Epsilon, Images, Labels, to_images
 
-COUNT = 120
+COUNT = 80
 SOLVERS = ["ridge", "adam"]
 
 
@@ -49,8 +49,8 @@ def attacked(resources: Resources, clean: Images, labels: Labels) -> Images:
 
 @pytest.fixture(scope="module")
 def mixed(clean: Images, attacked: Images) -> Images:
-    """40 images, clean and attacked ones in turn."""
-    return torch.stack([clean[:20], attacked[:20]], 1).flatten(0, 1)
+    """28 images, clean and attacked ones in turn."""
+    return torch.stack([clean[:14], attacked[:14]], 1).flatten(0, 1)
 
 
 def relabelled(resources: Resources, labels: torch.Tensor) -> Resources:
@@ -117,12 +117,12 @@ def test_ridge_equals_the_slow_loop(
     assert set(fates(prediction)) == ({"adapted", "base"} if held_out else {"adapted"})
 
 
-@pytest.mark.parametrize("config", [AdamConfig(), AdamConfig(held_out=0, steps=20, anchor=0.05)])
+@pytest.mark.parametrize("config", [AdamConfig(steps=30), AdamConfig(held_out=0, steps=15, anchor=0.05)])
 def test_adam_equals_the_slow_loop(resources: Resources, mixed: Images, config: AdamConfig) -> None:
     options = f"neighbors=60,steps={config.steps},held_out={config.held_out},anchor={config.anchor}"
-    prediction = predict(f"rmc:solver=adam,{options}", resources, mixed[:16])
+    prediction = predict(f"rmc:solver=adam,{options}", resources, mixed[:10])
     with torch.no_grad():
-        queries = resources.classifier.embed(mixed[:16])
+        queries = resources.classifier.embed(mixed[:10])
     for row, query in enumerate(queries):
         ids = resources.index.search(query[None], 60).ids[0]
         tuned, steps, first = slow_head_fit(
@@ -137,13 +137,15 @@ def test_adam_equals_the_slow_loop(resources: Resources, mixed: Images, config: 
         assert (fate.steps, fate.stop_reason) == (steps, first.reason)
         assert fate.weights == ("base" if config.held_out and not first.kept else "adapted")
         torch.testing.assert_close(prediction.scores[row], tuned(query.double()).softmax(0).float(), rtol=0, atol=1e-6)
-    assert len({a.steps for a in prediction.adaptations if a is not None}) > 2
+    assert len({a.steps for a in prediction.adaptations if a is not None}) > 1
 
 
 # Whoever else is asking
 
 
-@pytest.mark.parametrize("text", ["rmc", "rmc:balanced=true,radius=5,gate=0.3,mix=0.1", "rmc:solver=adam,neighbors=64"])
+@pytest.mark.parametrize(
+    "text", ["rmc", "rmc:balanced=true,radius=5,gate=0.3,mix=0.1", "rmc:solver=adam,neighbors=48,steps=20"]
+)
 def test_alone_together_and_in_any_order_the_answer_is_the_same(resources: Resources, mixed: Images, text: str) -> None:
     order = torch.randperm(len(mixed), generator=torch.Generator().manual_seed(1))
     together, shuffled = predict(text, resources, mixed), predict(text, resources, mixed[order])
@@ -162,7 +164,7 @@ def test_alone_together_and_in_any_order_the_answer_is_the_same(resources: Resou
 def test_a_large_request_is_fitted_in_parts_with_the_same_answers(
     resources: Resources, mixed: Images, monkeypatch: pytest.MonkeyPatch, solver: str
 ) -> None:
-    text = f"rmc:solver={solver},neighbors=64"
+    text = "rmc:neighbors=64" if solver == "ridge" else "rmc:solver=adam,neighbors=48,steps=10"
     whole = predict(text, resources, mixed)
     module = head_ridge if solver == "ridge" else rmc_head
     for numbers in (1, 100_000):
@@ -190,7 +192,7 @@ def test_the_base_weights_are_not_touched(resources: Resources, mixed: Images, s
             digest.update(tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()
 
-    before, text = fingerprint(), f"rmc:solver={solver},neighbors=64"
+    before, text = fingerprint(), f"rmc:solver={solver},neighbors=24"
     first = predict(text, resources, mixed)
     predict(text, resources, mixed, Budget(cancelled=allow(3)))
     asked = mixed[:4].clone().requires_grad_()
@@ -375,7 +377,7 @@ def test_the_closed_form_has_the_gradient_of_its_answer(resources: Resources, at
     assert torch.autograd.gradcheck(answer, (image,), eps=1e-5, atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("options", ["", ":radius=3", ":temperature=0.001", ":radius=0.001", ":solver=adam"])
+@pytest.mark.parametrize("options", ["", ":radius=3", ":temperature=0.001", ":radius=0.001", ":solver=adam,steps=5"])
 def test_the_gradient_is_a_number_for_every_image(resources: Resources, mixed: Images, options: str) -> None:
     """Also where neighbours count for nothing at all: an attack must not stop there."""
     asked = mixed.clone().requires_grad_()
@@ -397,17 +399,17 @@ def test_recovers_most_of_what_a_static_attack_takes(
     base, base_attacked = right("none", clean), right("none", attacked)
     assert base > 0.95
     assert base_attacked < 0.2
-    for text, clean_cost in (("rmc", 0.03), ("rmc:solver=adam,held_out=0", 0.05)):
+    for text, clean_cost in (("rmc", 0.03), ("rmc:solver=adam,neighbors=64,steps=30,held_out=0", 0.05)):
         assert right(text, attacked) >= base_attacked + 0.5
         assert right(text, clean) >= base - clean_cost
 
 
-@pytest.mark.parametrize("text", ["rmc", "rmc:solver=adam,neighbors=64"])
+@pytest.mark.parametrize("text", ["rmc", "rmc:solver=adam,neighbors=64,steps=10"])
 def test_an_attacker_who_knows_the_defence_does_better(
     resources: Resources, attacked: Images, clean: Images, labels: Labels, text: str
 ) -> None:
     """The surrogate is a path to the defended answer: PGD along it beats the static attack. No gain is for free."""
-    defence, count = build_defence(text, resources), 25
+    defence, count = build_defence(text, resources), 16
     generator = torch.Generator().manual_seed(0)
     found = parse_attack("pgd10", epsilon=Epsilon(32)).run(
         lambda images: defence.surrogate(images, generator=generator, budget=Budget()),

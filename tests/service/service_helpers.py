@@ -27,10 +27,10 @@ from service.engine import Engine
 
 ROOT = Path(__file__).resolve().parents[2]
 Serving = Callable[..., AbstractContextManager[TestClient]]
-SLOW = "rmc:scope=all,epochs=1000,patience=1000"
+SLOW = "rmc:scope=all,neighbors=1024,epochs=1000,patience=1000"
 """A defence that takes a minute on any machine, and looks at its budget every few milliseconds."""
 
-QUICK_ALL = "rmc:scope=all,neighbors=64,learning_rate=0.001,epochs=2,batch_size=16"
+QUICK_ALL = "rmc:scope=all,neighbors=48,learning_rate=0.001,epochs=2,batch_size=12"
 """Fine-tunes all weights, visibly and in random order, in a few hundredths of a second."""
 
 _SERVE = """

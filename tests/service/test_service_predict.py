@@ -169,7 +169,7 @@ def test_no_adaptation_where_nothing_adapts(client: TestClient, clean: list[byte
     assert response.json()["timings_ms"]["adapt"] == 0
 
 
-@pytest.mark.parametrize(("defense", "neighbors"), [("rmc", 256), (QUICK_ALL, 64)])
+@pytest.mark.parametrize(("defense", "neighbors"), [("rmc", 256), (QUICK_ALL, 48)])
 def test_adaptation_adds_up(client: TestClient, adversarial: list[bytes], defense: str, neighbors: int) -> None:
     response = post(client, adversarial[0], defense=defense)
     adaptation = predictions(response)[0]["adaptation"]
