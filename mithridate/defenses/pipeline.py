@@ -69,16 +69,16 @@ _SCOPES = {
     ),
     ("tail", None): _Scope(
         config=RMCConfig(
-            selection=SelectionConfig(neighbors=32),
-            adapting=TailConfig(learning_rate=0.01, epochs=10, batch_size=16, refit=False),
+            selection=SelectionConfig(neighbors=16),
+            adapting=TailConfig(learning_rate=0.01, epochs=6, batch_size=16, refit=False),
         ),
         make=lambda resources, config: TailAdapter(resources=resources, config=config),
         prefix={"scope": "tail"},
     ),
     ("all", None): _Scope(
         config=RMCConfig(
-            selection=SelectionConfig(neighbors=32),
-            adapting=AllConfig(learning_rate=0.003, epochs=10, batch_size=16),
+            selection=SelectionConfig(neighbors=16),
+            adapting=AllConfig(learning_rate=0.003, epochs=6, batch_size=16),
         ),
         make=lambda resources, config: AllAdapter(resources=resources, config=config),
         prefix={"scope": "all"},
