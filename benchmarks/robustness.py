@@ -1,6 +1,6 @@
 """Accuracy of each defence: clean, under a static attack, and under one that knows the defence.
 
-    python -m benchmarks.robustness BUNDLE --dataset SPEC --epsilon 8/255 [--defense rmc ...] [--name NAME]
+    python -m benchmarks.robustness BUNDLE DATASET --epsilon 8/255 [--defense rmc ...] [--name NAME]
 
 *static*: PGD on the base model, then sent through the defence. *adaptive*: the same PGD through the defence's own
 surrogate, which repeats the search and the adaptation at every step (BPDA), once with the cross-entropy and once with

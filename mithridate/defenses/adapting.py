@@ -41,12 +41,11 @@ class Query:
 class Adapted:
     """What adapted weights say of ``B`` images.
 
-    ``logits`` ``[B, C]``, differentiable in the query's tensors; ``anchor`` ``[B, C]``: the base model's answer on the
-    same scale, to mix with. Where an adaptation's ``weights`` are ``base``, its logits do not count.
+    ``logits`` ``[B, C]``, differentiable in the query's tensors. Where an adaptation's ``weights`` are ``base``, its
+    logits do not count.
     """
 
     logits: Logits
-    anchor: Logits
     adaptations: tuple[Adaptation, ...]
 
 
@@ -67,6 +66,5 @@ def join(parts: list[Adapted]) -> Adapted:
     """Several parts of a batch as one."""
     return Adapted(
         logits=torch.cat([part.logits for part in parts]),
-        anchor=torch.cat([part.anchor for part in parts]),
         adaptations=tuple(adaptation for part in parts for adaptation in part.adaptations),
     )

@@ -28,7 +28,8 @@ class Settings(Protocol):
 
     Adam with ``learning_rate`` on mini-batches of ``batch_size``; at most ``epochs``, stopping after ``patience`` of
     them without a better loss on the nearest share of the neighbours, ``held_out`` (0: none), or once the mean loss of
-    an epoch is below ``tolerance``. ``anchor`` times the squared distance from the base weights is added to the loss.
+    an epoch is below ``tolerance``. ``anchor`` times the squared distance from the base weights is added to the loss,
+    as a proximal step after each of Adam's (decoupled, as the weight decay of Loshchilov and Hutter 2019).
     """
 
     @property
@@ -60,7 +61,7 @@ def check(settings: Settings) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Settings for ``neighbors`` of them, of which the nearest ``held`` are not learned from.
+    """Settings for ``neighbors`` of them, of which the first ``held`` are not learned from.
 
     ``restore_best``: the weights that suit the held-out ones best stay, the base weights among them; else the last.
     """
@@ -184,9 +185,11 @@ class FineTuning:
     def _begin(self) -> None:
         """Reads the examples, and takes the held-out loss of the base weights."""
         examples, held = self._load([row.number for row in self._rows]), self._plan.held
-        sums = examples.weights[:, held:].sum(1)
-        scale = self._plan.learned / sums.clamp_min(1e-30)  # the mean over what is learned from becomes 1
-        weights = (examples.weights * scale[:, None]).to(self._start.dtype)
+        parts = (examples.weights[:, :held], examples.weights[:, held:])
+        sums = parts[1].sum(1)
+        # The mean over what is learned from becomes 1, and that over what is held out.
+        means = [part / part.sum(1, keepdim=True).clamp_min(1e-30) * part.shape[1] for part in parts]
+        weights = torch.cat(means, 1).to(self._start.dtype)
         self._examples = Examples(inputs=examples.inputs, labels=examples.labels, weights=weights)
         start = self._start.repeat(len(self._rows), 1)  # [q, P]
         self._moving.weights = start
@@ -208,12 +211,13 @@ class FineTuning:
         batch = self._examples.take(self._places(), moving.order[:, begin : begin + settings.batch_size])
         gradient, losses = self._learner.gradients(moving.weights, batch)
         moving.loss += losses * batch.labels.shape[1]
-        if settings.anchor:
-            gradient = gradient + 2 * settings.anchor * (moving.weights - self._start)
         moving.first.lerp_(gradient, 1 - _BETA1)
         moving.second.mul_(_BETA2).addcmul_(gradient, gradient, value=1 - _BETA2)
         scale = (moving.second.sqrt() / math.sqrt(1 - _BETA2**step)).add_(_TINY)
         moving.weights.addcdiv_(moving.first, scale, value=-settings.learning_rate / (1 - _BETA1**step))
+        if settings.anchor:
+            stay = 1 / (1 + 2 * settings.learning_rate * settings.anchor)
+            moving.weights.sub_(self._start).mul_(stay).add_(self._start)
 
     def _shuffle(self) -> None:
         """Each image's order for the coming epoch."""
@@ -254,7 +258,7 @@ class FineTuning:
             row.waited += 1
 
     def _held_losses(self, positions: Sequence[int]) -> list[float]:
-        """Mean cross-entropy of the held-out neighbours with the weights at ``positions``; NaN where none are."""
+        """Weighted mean cross-entropy of the held-out neighbours with the weights at ``positions``; NaN without any."""
         held, where = self._plan.held, list(positions)
         if not held:
             return [math.nan] * len(where)

@@ -14,9 +14,11 @@ from mithridate.types import Logits, Scores
 
 @dataclass(frozen=True, kw_only=True)
 class GuardConfig:
-    """``mix``: the base model's share in the answer's logits. ``gate``: an adapted answer stands only where at least
-    this share of the neighbours (weighted) carries its label; else the base model answers. ``abstain``: no answer where
-    base, neighbours and adapted model do not all give the answer's class at least this much. 0 turns each of them off.
+    """``mix``: the base model's share in the answer's scores (not in its logits: those of a base model that an attack
+    made sure of itself drown any share). ``gate``: where the adapted model contradicts the base model, its answer
+    stands only if its class has this much more of the neighbours (weighted shares) than the base model's class has;
+    else the base model answers. ``abstain``: no answer where base, neighbours and adapted model do not all give the
+    answer's class at least this much. 0 turns each of them off.
     """
 
     mix: float = 0.0
@@ -48,9 +50,9 @@ def neighbor_votes(labels: torch.Tensor, weights: torch.Tensor, classes: int) ->
 def guard(query: Query, adapted: Adapted, votes: torch.Tensor, config: GuardConfig) -> Guarded:
     """The answer that is let through. ``votes`` as ``neighbor_votes`` counts them."""
     base = query.base.logits.softmax(1).double()
-    scores = _mix(adapted, config).softmax(1).double()
+    scores = _mix(query, adapted, config).exp().double()
     from_base = _kept_base(adapted, scores.device)
-    from_base |= _stopped(scores, votes, config)
+    from_base |= _stopped(scores, base, votes, config)
     scores = torch.where(from_base[:, None], base, scores)
     answer = scores.argmax(1, keepdim=True)
     agreement = torch.cat([part.gather(1, answer) for part in (base, votes, scores)], 1).amin(1)
@@ -71,11 +73,11 @@ def guarded_logits(query: Query, adapted: Adapted, votes: torch.Tensor, config: 
     A guard switches between the two, and an attacker has to move both: the gradient of the one that happens to answer
     would stop at the switch.
     """
-    mixed = _mix(adapted, config).log_softmax(1)
+    mixed = _mix(query, adapted, config)
     base = query.base.logits.to(mixed.dtype).log_softmax(1)
     with torch.no_grad():
         from_base = _kept_base(adapted, mixed.device)
-        from_base |= _stopped(mixed.softmax(1), votes, config)
+        from_base |= _stopped(mixed, base, votes, config)
         answered = torch.where(from_base[:, None], base, mixed)
         switching = from_base | (config.gate > 0)
     both = torch.where(switching[:, None], 0.5 * (base + mixed), mixed)  # a row's gradient is its own affair
@@ -87,14 +89,20 @@ def _kept_base(adapted: Adapted, device: torch.device) -> torch.Tensor:
     return torch.tensor([a.weights == "base" for a in adapted.adaptations], dtype=torch.bool, device=device)
 
 
-def _mix(adapted: Adapted, config: GuardConfig) -> Logits:
+def _mix(query: Query, adapted: Adapted, config: GuardConfig) -> torch.Tensor:
+    """Logarithms of the mixed scores ``[B, C]``."""
+    scores = adapted.logits.log_softmax(1)
     if not config.mix:
-        return adapted.logits
-    return (1 - config.mix) * adapted.logits + config.mix * adapted.anchor
+        return scores
+    base = query.base.logits.to(scores.dtype).log_softmax(1)
+    shares = base.new_tensor([1 - config.mix, config.mix]).log()[:, None, None]  # -inf at mix=1, and that is right
+    return (torch.stack([scores, base]) + shares).logsumexp(0)
 
 
-def _stopped(scores: Scores, votes: torch.Tensor, config: GuardConfig) -> torch.Tensor:
-    """bool ``[B]``: too few neighbours carry the answer's label."""
+def _stopped(adapted: torch.Tensor, base: torch.Tensor, votes: torch.Tensor, config: GuardConfig) -> torch.Tensor:
+    """bool ``[B]``: the neighbours do not back the adapted answer, ``[B, C]``, against the base model's."""
     if not config.gate:
-        return torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
-    return votes.gather(1, scores.argmax(1, keepdim=True))[:, 0] < config.gate
+        return torch.zeros(len(adapted), dtype=torch.bool, device=adapted.device)
+    answer, usual = (part.argmax(1, keepdim=True) for part in (adapted, base))
+    backing = votes.gather(1, answer) - votes.gather(1, usual)
+    return ((answer != usual) & (backing < config.gate))[:, 0]

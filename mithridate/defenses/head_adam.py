@@ -24,10 +24,11 @@ class AdamConfig:
     """Adam's ``learning_rate``; at most ``steps`` full-batch steps; an image is done (``converged``) once the mean
     cross-entropy of its neighbours is below ``tolerance``.
 
-    ``anchor`` times the squared distance from the base head is added to the loss. ``held_out``: the nearest share of
-    the neighbours that decides (0: none): the steps with the lowest loss there are kept, none of them where that is the
-    base head's, and it is over after ``patience`` steps without a better one. With ``refit`` that many steps are then
-    made on all neighbours.
+    ``anchor`` times the squared distance from the base head is added to the loss, as a proximal step after each of
+    Adam's (decoupled, as the weight decay of Loshchilov and Hutter 2019: inside the gradient, Adam's scaling would
+    cancel it). ``held_out``: the nearest share of the neighbours that decides (0: none), each weighted as in the fit:
+    the steps with the lowest loss there are kept, none of them where that is the base head's, and it is over after
+    ``patience`` steps without a better one. With ``refit`` that many steps are then made on all neighbours.
     """
 
     learning_rate: float = 0.1
@@ -66,10 +67,12 @@ def fit_heads(
     head: torch.nn.Linear,
     config: AdamConfig,
     budgets: Sequence[Budget],
+    held: int,
 ) -> HeadFit:
     """Fits a head of its own to each row's neighbours, starting from ``head``.
 
-    ``features`` ``[B, K, D]``, ``labels`` int64 ``[B, K]``, both nearest first, ``weights`` ``[B, K]``; a budget a row.
+    ``features`` ``[B, K, D]``, ``labels`` int64 ``[B, K]``, ``weights`` ``[B, K]``, the first ``held`` of K to validate
+    on (``Selection.hold_out``); a budget a row.
     The arithmetic is float64: what another batch size changes in the rounding then stays far below any score a client
     sees.
     """
@@ -81,7 +84,6 @@ def fit_heads(
         weights=weights.double(),
         start=torch.cat([head.weight, bias[:, None]], 1).double(),
     )
-    held = int(config.held_out * features.shape[1])
     limits = [budget.steps(config.steps) for budget in budgets]
     first = _Descent(problem.without(held), config, budgets, limits).run()
     last = first
@@ -109,7 +111,7 @@ def _steps_again(first: _Run, row: int, budget: Budget) -> int:
 @dataclass(frozen=True, kw_only=True)
 class _Problem:
     """``inputs`` ``[B, K, D + 1]``, one-hot ``targets`` ``[B, K, C]``, ``weights`` ``[B, K]``, ``start`` ``[C, D +
-    1]``; the first ``held`` neighbours have no weight."""
+    1]``; the first ``held`` neighbours are not learned from. Each part's weights sum to 1, or to 0."""
 
     inputs: torch.Tensor
     targets: torch.Tensor
@@ -118,29 +120,28 @@ class _Problem:
     held: int = 0
 
     def without(self, held: int) -> _Problem:
-        """The same, with the nearest ``held`` neighbours kept for validation."""
+        """The same, with the first ``held`` neighbours kept for validation."""
         if not held:
             return self
-        rest = self.weights.clone()
-        rest[:, :held] = 0
-        return replace(self, weights=rest / rest.sum(1, keepdim=True).clamp_min(1e-300), held=held)
+        parts = (self.weights[:, :held], self.weights[:, held:])
+        weights = torch.cat([part / part.sum(1, keepdim=True).clamp_min(1e-300) for part in parts], 1)
+        return replace(self, weights=weights, held=held)
 
     def rows(self, keep: torch.Tensor) -> _Problem:
         """Only some of the images."""
         return replace(self, inputs=self.inputs[keep], targets=self.targets[keep], weights=self.weights[keep])
 
     def losses(self, log_probabilities: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cross-entropy ``[B]`` of the neighbours that are learned from (weighted), and of the held out ones
-        (plain).
-        """
-        each = -(log_probabilities * self.targets).sum(-1)  # [B, K]
-        return (each * self.weights).sum(1), each[:, : self.held].sum(1) / max(1, self.held)
+        """Weighted mean cross-entropy ``[B]`` of the neighbours that are learned from, and of the held out ones."""
+        each = -(log_probabilities * self.targets).sum(-1) * self.weights  # [B, K]
+        return each[:, self.held :].sum(1), each[:, : self.held].sum(1)
 
-    def gradient(self, log_probabilities: torch.Tensor, weight: torch.Tensor, anchor: float) -> torch.Tensor:
+    def gradient(self, log_probabilities: torch.Tensor) -> torch.Tensor:
         """Of the loss of the neighbours that are learned from: ``[B, C, D + 1]``."""
-        error = (log_probabilities.exp() - self.targets) * self.weights[..., None]
-        gradient = error.mT @ self.inputs
-        return gradient + 2 * anchor * (weight - self.start) if anchor else gradient
+        learned = slice(self.held, None)
+        error = (log_probabilities[:, learned].exp() - self.targets[:, learned]) * self.weights[:, learned, None]
+        gradient: torch.Tensor = error.mT @ self.inputs[:, learned]
+        return gradient
 
 
 @dataclass(kw_only=True)
@@ -240,11 +241,14 @@ class _Descent:
         return stay
 
     def _step(self, step: int, log_probabilities: torch.Tensor) -> None:
-        gradient = self._problem.gradient(log_probabilities, self._weight, self._config.anchor)
+        gradient, config = self._problem.gradient(log_probabilities), self._config
         self._first = _BETA1 * self._first + (1 - _BETA1) * gradient
         self._second = _BETA2 * self._second + (1 - _BETA2) * gradient.square()
         scale = (self._second / (1 - _BETA2**step)).sqrt_().add_(_TINY)
-        self._weight = self._weight - self._config.learning_rate * (self._first / (1 - _BETA1**step)) / scale
+        self._weight = self._weight - config.learning_rate * (self._first / (1 - _BETA1**step)) / scale
+        if config.anchor:
+            start = self._problem.start
+            self._weight = start + (self._weight - start) / (1 + 2 * config.learning_rate * config.anchor)
 
 
 def _fate(first: _Run, last: _Run, row: int, held: bool) -> Adaptation:

@@ -11,6 +11,7 @@ Everything is float64: what another batch size changes in the rounding stays far
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -21,9 +22,9 @@ from mithridate.defenses.base import Adaptation, Budget, Resources, interruption
 from mithridate.defenses.exemplar_scores import ExemplarScores
 from mithridate.defenses.options import require
 
-SHARPNESS = 10.0
-"""Logits are this many times the fitted shares, which reach from about 0 to 1: softmax then gives a sure answer
-0.999.
+_ROUNDING = 1e-3
+"""Fitted shares reach below 0 and above 1. Those below are rounded off within about this much, smoothly, so that every
+score is positive, keeps its rank, and has a gradient.
 """
 
 _NUMBERS_AT_A_TIME = 8_000_000
@@ -34,7 +35,7 @@ _NUMBERS_AT_A_TIME = 8_000_000
 class RidgeConfig:
     """``anchor``: the penalty on leaving the base head, relative to the mean square of the features. ``held_out``: the
     nearest share of the neighbours that decides whether the fit is any good (0: none, it is always used); it is, where
-    it predicts them better than the base model does, and is then made again on all."""
+    it predicts them no worse than the base model does, each weighted as in the fit, and is then made again on all."""
 
     anchor: float = 1e-3
     held_out: float = 0.2
@@ -64,7 +65,7 @@ class RidgeHead:
         return join(parts)
 
     def _fit(self, query: Query) -> Adapted:
-        head, selection = self.resources.classifier.head, query.selection
+        head, (selection, held) = self.resources.classifier.head, query.selection.hold_out(self.config.held_out)
         device = query.base.logits.device
         features = self.resources.exemplars.gather_features(selection.ids, device)
         labels = self.resources.exemplars.gather_labels(selection.ids, device)
@@ -74,26 +75,35 @@ class RidgeHead:
         base_scores = self.scores.of(selection.ids, features).double()  # [B, K, C]
         missing = F.one_hot(labels, base_scores.shape[-1]).double() - base_scores
         weights = selection.weights.to(device)
-        anchor = SHARPNESS * query.base.logits.double().softmax(1)
         correction = fit_at(inputs, missing, weights, point, self.config.anchor)
-        losses = self._held_out(inputs, missing, weights)
+        solved = correction.isfinite().all(1)
+        correction = torch.where(solved[:, None], correction, 0.0)
+        losses = self._held_out(inputs, missing, weights.detach(), held) if held else None
         return Adapted(
-            logits=anchor + SHARPNESS * correction, anchor=anchor, adaptations=_fates(query.budgets, losses, len(query))
+            logits=_positive(query.base.logits.double().softmax(1) + correction).log(),
+            adaptations=_fates(query.budgets, losses, solved.tolist()),
         )
 
     @torch.no_grad()
     def _held_out(
-        self, inputs: torch.Tensor, missing: torch.Tensor, weights: torch.Tensor
-    ) -> list[tuple[float, float]] | None:
-        """Mean squared error of the nearest neighbours' shares: the base model's, and that of a fit to the others."""
-        held = int(self.config.held_out * inputs.shape[1])
-        if not held:
-            return None
-        rest = weights[:, held:] / weights[:, held:].sum(1, keepdim=True).clamp_min(1e-300)
-        corrections = fit_at(inputs[:, held:], missing[:, held:], rest, inputs[:, :held], self.config.anchor)
-        before = missing[:, :held].square().sum(-1).mean(1)
-        after = (missing[:, :held] - corrections).square().sum(-1).mean(1)
+        self, inputs: torch.Tensor, missing: torch.Tensor, weights: torch.Tensor, held: int
+    ) -> list[tuple[float, float]]:
+        """Mean squared error of the first ``held`` neighbours' shares: the base model's, and that of a fit to the
+        others, infinite where none of those counts for anything.
+        """
+        rest = weights[:, held:].sum(1, keepdim=True)
+        learned = weights[:, held:] / rest.clamp_min(1e-300)
+        corrections = fit_at(inputs[:, held:], missing[:, held:], learned, inputs[:, :held], self.config.anchor)
+        shares = weights[:, :held] / weights[:, :held].sum(1, keepdim=True)
+        before = (missing[:, :held].square().sum(-1) * shares).sum(1)
+        after = ((missing[:, :held] - corrections).square().sum(-1) * shares).sum(1)
+        after = after.masked_fill(rest[:, 0] == 0, torch.inf)
         return list(zip(before.tolist(), after.tolist(), strict=True))
+
+
+def _positive(shares: torch.Tensor) -> torch.Tensor:
+    """Almost max(share, 0), without the corner."""
+    return (shares + (shares.square() + _ROUNDING**2).sqrt()) / 2
 
 
 def fit_at(
@@ -124,7 +134,9 @@ def fit_at(
     return fitted[:, 0] if single else fitted
 
 
-def _fates(budgets: tuple[Budget, ...], losses: list[tuple[float, float]] | None, count: int) -> tuple[Adaptation, ...]:
+def _fates(
+    budgets: tuple[Budget, ...], losses: list[tuple[float, float]] | None, solved: list[bool]
+) -> tuple[Adaptation, ...]:
     """One step that lands on the minimum. It cannot be cut short: only a budget that is over by now says so."""
     fates = []
     for row, (budget, reason) in enumerate(zip(budgets, interruptions(budgets), strict=True)):
@@ -132,14 +144,13 @@ def _fates(budgets: tuple[Budget, ...], losses: list[tuple[float, float]] | None
         if reason is not None or budget.steps(1) < 1:
             fates.append(Adaptation(steps=0, stop_reason=reason or "max_steps", weights="base"))
         else:
-            worse = loss is not None and not loss[1] <= loss[0]
+            good = solved[row] and (loss is None or loss[1] <= loss[0])
             fates.append(
                 Adaptation(
                     steps=1,
                     stop_reason="converged",
-                    weights="base" if worse else "adapted",
-                    held_out_loss=loss,
+                    weights="adapted" if good else "base",
+                    held_out_loss=loss if loss is not None and math.isfinite(loss[1]) else None,
                 )
             )
-    assert len(fates) == count
     return tuple(fates)

@@ -56,13 +56,14 @@ class Learner:
         return torch.stack([gradient for gradient, _ in found]), torch.stack([loss for _, loss in found])
 
     def losses(self, weights: torch.Tensor, batch: Examples) -> torch.Tensor:
-        """Summed cross-entropy ``[q]``, whatever the examples' weights."""
+        """Summed cross-entropy ``[q]``, each example times its weight."""
         arguments = (weights, batch.inputs, batch.labels)
         with torch.no_grad():
             if self.together:
-                summed: torch.Tensor = vmap(self._each)(*arguments).sum(1)
-                return summed
-            return torch.stack([self._each(*row).sum() for row in zip(*arguments, strict=True)])
+                each: torch.Tensor = vmap(self._each)(*arguments)
+            else:
+                each = torch.stack([self._each(*row) for row in zip(*arguments, strict=True)])
+            return (each * batch.weights).sum(1)
 
     def _gradient(self, weights: torch.Tensor, *examples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.enable_grad():

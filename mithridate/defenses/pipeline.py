@@ -14,7 +14,7 @@ from mithridate.defenses.head_ridge import RidgeConfig, RidgeHead
 from mithridate.defenses.knn_oat import KNNOAT, KNNOATConfig
 from mithridate.defenses.neighbor_vote import NeighborVote, NeighborVoteConfig
 from mithridate.defenses.none import NoDefence
-from mithridate.defenses.options import canonical, fill, split_text, unknown
+from mithridate.defenses.options import canonical, fill, flatten, split_text, unknown
 from mithridate.defenses.presets import preset_options
 from mithridate.defenses.rmc import RMC
 from mithridate.defenses.rmc_all import AllAdapter, AllConfig
@@ -119,14 +119,26 @@ def _parse_rmc(options: dict[str, str]) -> Maker:
 def _rmc_options(options: Mapping[str, str]) -> Mapping[str, str] | None:
     """With the preset's in place; None where a bundle's tuning decides. Without a preset that is ``balanced``."""
     name = options.get("preset")
+    rest = {key: value for key, value in options.items() if key != "preset"}
+    if name == "tuned":
+        for key in ("scope", "solver"):
+            if key in rest:
+                raise OptionError(f"rmc: preset=tuned brings its own {key}; leave out {key}={rest[key]}")
+        known = {key for scope in _SCOPES.values() for key in flatten(scope.config)}
+        for key in rest:
+            if key not in known:
+                raise OptionError(unknown("option of rmc", key, known))
     if name == "tuned" or not options:
         return None
-    rest = {key: value for key, value in options.items() if key != "preset"}
     scope = rest.get("scope", "head")
-    known = {scope for scope, _ in _SCOPES}
-    if scope not in known:
-        raise OptionError(unknown("scope", scope, known))
-    return {**preset_options(name or "balanced", scope), **rest}
+    scopes = {scope for scope, _ in _SCOPES}
+    if scope not in scopes:
+        raise OptionError(unknown("scope", scope, scopes))
+    preset = preset_options(name or "balanced", scope)
+    solver = preset.get("solver", "ridge")
+    if scope == "head" and preset and rest.get("solver", solver) != solver:
+        raise OptionError(f"rmc: preset={name} is for solver={solver}; leave out solver={rest['solver']}")
+    return {**preset, **rest}
 
 
 def _tuned(resources: Resources, options: Mapping[str, str]) -> Mapping[str, str]:

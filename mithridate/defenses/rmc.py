@@ -88,6 +88,7 @@ class RMC:
     def surrogate(self, images: Images, *, generator: torch.Generator, budget: Budget) -> Logits:
         """Adapts to these very images. Which exemplars are chosen is held constant (BPDA); the adapted weights too, but
         for the closed-form head, through which the gradient goes, and through the soft weights where they are on."""
+        budget.check()
         classifier = self.resources.classifier
         base = base_pass(classifier, images)
         query = Query(

@@ -8,7 +8,7 @@ best weights on the validation part are restored, the unadapted ones included (`
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -25,7 +25,8 @@ from mithridate.types import to_images
 class AllConfig:
     """Adam with ``learning_rate`` on mini-batches of ``batch_size``; at most ``epochs``, stopping after ``patience`` of
     them without a better loss on the nearest share of the neighbours, ``held_out`` (0: none), or once the mean loss of
-    an epoch is below ``tolerance``. ``anchor`` times the squared distance from the base weights is added to the loss.
+    an epoch is below ``tolerance``. ``anchor`` times the squared distance from the base weights is added to the loss,
+    as a proximal step after each of Adam's.
 
     ``restore``: the weights that suit the held-out neighbours best, the base weights among them, or the last ones, as
     published. ``precision`` of the fine-tuning: ``auto`` is bfloat16 where the device has it in hardware; the answer is
@@ -72,7 +73,8 @@ class AllAdapter:
         return join([self._adapt(query.rows(row, row + 1)) for row in range(len(query))])
 
     def _adapt(self, query: Query) -> Adapted:
-        classifier, neighbors = self.resources.classifier, query.selection.ids.shape[1]
+        classifier, (selection, held) = self.resources.classifier, query.selection.hold_out(self.config.held_out)
+        query = replace(query, selection=selection)
         network = self._private.function()
         learner = Learner(
             network=network,
@@ -82,8 +84,8 @@ class AllAdapter:
         )
         plan = Plan(
             settings=self.config,
-            neighbors=neighbors,
-            held=int(self.config.held_out * neighbors),
+            neighbors=selection.ids.shape[1],
+            held=held,
             restore_best=self.config.restore == "best",
         )
         with torch.no_grad():
@@ -96,7 +98,7 @@ class AllAdapter:
                 seeds=query.seeds,
             ).run()
         logits = network(tuned.weights, classifier.normalise(query.images)) if tuned.kept else query.base.logits
-        return Adapted(logits=logits, anchor=query.base.logits, adaptations=(tuned.adaptation,))
+        return Adapted(logits=logits, adaptations=(tuned.adaptation,))
 
     def _examples(self, query: Query) -> Examples:
         exemplars, device, ids = self.resources.exemplars, self.resources.classifier.device, query.selection.ids

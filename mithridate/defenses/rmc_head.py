@@ -41,17 +41,18 @@ class AdamHead:
 
     def _fit(self, query: Query) -> Adapted:
         exemplars, device = self.resources.exemplars, query.base.logits.device
+        selection, held = query.selection.hold_out(self.config.held_out)
         with torch.no_grad():
             fit = fit_heads(
-                exemplars.gather_features(query.selection.ids, device),
-                exemplars.gather_labels(query.selection.ids, device),
-                query.selection.weights.detach().to(device),
+                exemplars.gather_features(selection.ids, device),
+                exemplars.gather_labels(selection.ids, device),
+                selection.weights.detach().to(device),
                 self.resources.classifier.head,
                 self.config,
                 query.budgets,
+                held,
             )
         return Adapted(
             logits=fit.logits(query.base.head_input),
-            anchor=query.base.logits.double(),
             adaptations=fit.adaptations,
         )

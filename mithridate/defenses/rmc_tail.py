@@ -27,7 +27,8 @@ _COPIES = 6
 class TailConfig:
     """Adam with ``learning_rate`` on mini-batches of ``batch_size``; at most ``epochs``, stopping after ``patience`` of
     them without a better loss on the nearest share of the neighbours, ``held_out`` (0: none), or once the mean loss of
-    an epoch is below ``tolerance``. ``anchor`` times the squared distance from the base weights is added to the loss.
+    an epoch is below ``tolerance``. ``anchor`` times the squared distance from the base weights is added to the loss,
+    as a proximal step after each of Adam's.
     The weights that suit the held-out neighbours best stay, the base weights among them.
 
     ``refit``: then as many epochs again from the base weights on, now on all neighbours. Off unless asked for: at
@@ -103,12 +104,12 @@ class TailAdapter:
             for row, fate in enumerate(tuned)
         ]
         adaptations = tuple(fate.adaptation for fate in tuned)
-        return Adapted(logits=torch.cat(logits), anchor=query.base.logits, adaptations=adaptations)
+        return Adapted(logits=torch.cat(logits), adaptations=adaptations)
 
     def _tune(self, learner: Learner, query: Query) -> list[Tuned]:
-        neighbors = query.selection.ids.shape[1]
-        held = int(self.config.held_out * neighbors)
-        plan = Plan(settings=self.config, neighbors=neighbors, held=held, restore_best=True)
+        selection, held = query.selection.hold_out(self.config.held_out)
+        query = replace(query, selection=selection)
+        plan = Plan(settings=self.config, neighbors=selection.ids.shape[1], held=held, restore_best=True)
         first = self._run(learner, query, plan)
         if not (held and self.config.refit):
             return first

@@ -17,11 +17,12 @@ from mithridate.types import Embeddings
 class SelectionConfig:
     """``neighbors``: K, in all.
 
-    ``balanced``: as many from each class, the nearest of each. ``adversarial``: this share of the K from the attacked
-    copies and the rest from the clean images, instead of whatever is nearest. ``radius``: exemplars farther than this
-    (in the index's metric as ``explain`` prints it; 0: no limit) count for nothing. ``temperature``: 0 lets all count
-    alike; above, exemplar i counts in proportion to exp(-d_i / (temperature * mean d)), d squared for l2, so that the
-    last neighbours fade out instead of being cut off and the selection has a gradient.
+    ``balanced``: as many from each class, the nearest of each; a part that is held out then has all classes too.
+    ``adversarial``: this share of the K from the attacked copies and the rest from the clean images, instead of
+    whatever is nearest. ``radius``: exemplars farther than this (in the index's metric as ``explain`` prints it; 0: no
+    limit) count for nothing; not with ``ip``, which is no distance. ``temperature``: 0 lets all count alike; above,
+    exemplar i counts in proportion to exp(-d_i / (temperature * mean d)), d squared for l2, so that the last neighbours
+    fade out instead of being cut off and the selection has a gradient.
     """
 
     neighbors: int = 256
@@ -42,7 +43,7 @@ class SelectionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """The chosen exemplars of ``B`` images, nearest first.
+    """The chosen exemplars of ``B`` images: nearest first, or by turns the nearest of each class (``balanced``).
 
     ``ids`` int64 ``[B, K]``, ``distances`` float64 ``[B, K]``, ``weights`` float64 ``[B, K]``, each row summing to 1,
     or to 0 where no exemplar is near enough. Weights are differentiable in the query where they are soft.
@@ -60,8 +61,30 @@ class Selection:
 
     @property
     def neighbors(self) -> Neighbors:
-        """Without the weights."""
-        return Neighbors(ids=self.ids, distances=self.distances)
+        """Without the weights, nearest first."""
+        distances, order = self.distances.sort(dim=1, stable=True)
+        return Neighbors(ids=self.ids.gather(1, order), distances=distances)
+
+    def hold_out(self, share: float) -> tuple[Selection, int]:
+        """The same with that share of each row's exemplars in front, to validate on, and how many places those take.
+
+        The first of those that count for anything: at least one, so nothing remains to learn from where only one does.
+        Places that a row has no use for are filled with exemplars of weight 0.
+        """
+        if not share:
+            return self, 0
+        count = self.ids.shape[1]
+        held = max(1, int(share * count))
+        matters = self.weights.detach() > 0  # [B, K]
+        if bool(matters.all()):
+            return self, held
+        wanted = (share * matters.sum(1, keepdim=True)).long().clamp_min(1)
+        before = matters.long().cumsum(1) - matters.long()  # how many that matter stand in front
+        kept = matters & (before < wanted)
+        fillers = ~matters & (~matters).long().cumsum(1).le(held - kept.sum(1, keepdim=True))
+        order = torch.where(kept, 0, torch.where(fillers, 1, 2)).argsort(dim=1, stable=True)
+        ids, distances, weights = (part.gather(1, order) for part in (self.ids, self.distances, self.weights))
+        return Selection(ids=ids, distances=distances, weights=weights), held
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +96,8 @@ class Selector:
     _parts: tuple[tuple[NeighborIndex, int], ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        if self.config.radius and self.resources.index.metric == "ip":
+            raise OptionError("rmc: radius needs a metric that is a distance; the bundle's is ip, allowed: l2, cosine")
         object.__setattr__(self, "_parts", self._split())
 
     def select(self, embedding: Embeddings) -> Selection:
@@ -83,8 +108,12 @@ class Selector:
                 ids, distances = found[0].ids, found[0].distances
             else:
                 ids, distances = torch.cat([f.ids for f in found], 1), torch.cat([f.distances for f in found], 1)
-                distances, order = distances.sort(dim=1, stable=True)
-                ids = ids.gather(1, order)
+                rank = distances  # adversarial: nearest first, wherever from
+                if self.config.balanced:  # the nearest of each class, then the second of each
+                    rank = torch.cat([torch.arange(f.ids.shape[1], device=ids.device) for f in found]).expand_as(ids)
+                by_distance = distances.argsort(dim=1, stable=True)
+                order = by_distance.gather(1, rank.gather(1, by_distance).argsort(dim=1, stable=True))
+                ids, distances = ids.gather(1, order), distances.gather(1, order)
         return Selection(ids=ids, distances=distances, weights=self._weigh(embedding, ids, distances))
 
     def _split(self) -> tuple[tuple[NeighborIndex, int], ...]:

@@ -63,13 +63,15 @@ def slow_descent(
     """torch's own Adam and gradients; the ``held`` nearest are not learned from, and choose the weights."""
     tuned = deepcopy(head).double().requires_grad_(True)
     start = [parameter.detach().clone() for parameter in tuned.parameters()]
+    stay = 1 / (1 + 2 * config.learning_rate * config.anchor)
     optimizer = torch.optim.Adam(tuned.parameters(), lr=config.learning_rate)
     shares = torch.where(torch.arange(len(weights)) < held, 0, weights)
     shares = shares / shares.sum() if held else shares
+    validating = weights[:held] / weights[:held].sum()
     best, kept, step, initial = None, 0, 0, 0.0
     while True:
         each = F.cross_entropy(tuned(features.double()), labels, reduction="none")
-        loss, validation = (each * shares).sum(), each[:held].mean().item() if held else -step
+        loss, validation = (each * shares).sum(), (each[:held] * validating).sum().item() if held else -step
         if best is None or validation < best:
             best, kept, chosen = validation, step, deepcopy(tuned)
         initial = validation if step == 0 else initial
@@ -80,10 +82,12 @@ def slow_descent(
         elif step >= config.steps:
             reason = "max_steps"
         else:
-            away = sum((p - q).square().sum() for p, q in zip(tuned.parameters(), start, strict=True))
             optimizer.zero_grad()
-            (loss + config.anchor * away).backward()
+            loss.backward()
             optimizer.step()
+            with torch.no_grad():
+                for parameter, home in zip(tuned.parameters(), start, strict=True):
+                    parameter.copy_(home + stay * (parameter - home))
             step += 1
             continue
         return Descent(head=chosen, steps=step, kept=kept, reason=reason, losses=(initial, best))

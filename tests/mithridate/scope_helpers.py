@@ -121,7 +121,7 @@ class ByHand:
         base = [parameter.detach().clone() for parameter in network.parameters()]
         optimizer = torch.optim.Adam(network.parameters(), lr=self.rate)
         generator = torch.Generator().manual_seed(seed)
-        best, kept, state, waited, steps = self.held_out(network, inputs, labels, held), 0, None, 0, 0
+        best, kept, state, waited, steps = self.held_out(network, inputs, labels, weights, held), 0, None, 0, 0
         state = deepcopy(network.state_dict())
         scaled = weights[held:] / weights[held:].mean()
         reason: StopReason = "max_steps"
@@ -131,12 +131,14 @@ class ByHand:
                 each = F.cross_entropy(network(inputs[held:][batch]), labels[held:][batch], reduction="none")
                 loss = (each * scaled[batch]).mean()
                 total += loss.item() * len(batch)
-                apart = sum((p - b).square().sum() for p, b in zip(network.parameters(), base, strict=True))
                 optimizer.zero_grad()
-                (loss + self.anchor * apart).backward()
+                loss.backward()
                 optimizer.step()
+                with torch.no_grad():
+                    for parameter, home in zip(network.parameters(), base, strict=True):
+                        parameter.copy_(home + (parameter - home) / (1 + 2 * self.rate * self.anchor))
                 steps += 1
-            now = self.held_out(network, inputs, labels, held)
+            now = self.held_out(network, inputs, labels, weights, held)
             waited = 0 if now < best or not held else waited + 1
             if now < best or not held:
                 best, kept, state = now, epoch, deepcopy(network.state_dict())
@@ -150,6 +152,11 @@ class ByHand:
         return kept, steps, reason
 
     @staticmethod
-    def held_out(network: nn.Module, inputs: torch.Tensor, labels: torch.Tensor, held: int) -> float:
+    def held_out(
+        network: nn.Module, inputs: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, held: int
+    ) -> float:
+        if not held:
+            return 0.0
         with torch.no_grad():
-            return F.cross_entropy(network(inputs[:held]), labels[:held]).item() if held else 0.0
+            each = F.cross_entropy(network(inputs[:held]), labels[:held], reduction="none")
+            return float((each * weights[:held]).sum() / weights[:held].sum())

@@ -6,6 +6,7 @@ import gc
 import tracemalloc
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -192,6 +193,8 @@ def test_together_and_one_after_the_other_are_the_same(name: str) -> None:
     for mine, other in zip(one.gradients(weights, examples), all_at_once.gradients(weights, examples), strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(one.losses(weights, examples), all_at_once.losses(weights, examples), rtol=1e-9, atol=0)
+    doubled = replace(examples, weights=2 * examples.weights)
+    torch.testing.assert_close(one.losses(weights, doubled), 2 * one.losses(weights, examples))
 
 
 class Strict(nn.Module):

@@ -20,7 +20,6 @@ from mithridate.attacks import parse_attack
 from mithridate.datasets import LabelledImages
 from mithridate.defenses import Budget, Prediction, Resources, build_defence, exemplar_scores, head_ridge, rmc_head
 from mithridate.defenses.head_adam import AdamConfig
-from mithridate.defenses.head_ridge import SHARPNESS
 from mithridate.errors import BudgetExceededError, ModelError
 from mithridate.models import build_classifier
 from mithridate.types import Epsilon, Images, Labels, to_images
@@ -100,10 +99,13 @@ def test_ridge_equals_the_slow_loop(
         if held:
             rest = weights[held:] / weights[held:].sum()
             guess = slow_ridge(inputs[held:], missing[held:], rest, inputs[:held], anchor)
-            loss = tuple(float(error.square().sum(1).mean()) for error in (missing[:held], missing[:held] - guess))
+            errors, shares = (missing[:held], missing[:held] - guess), weights[:held] / weights[:held].sum()
+            loss = tuple(float((error.square().sum(1) * shares).sum()) for error in errors)
         base = head(query.double()).softmax(0)
         falls_back = loss is not None and loss[1] > loss[0]
-        fitted = (SHARPNESS * (base + slow_ridge(inputs, missing, weights, point, anchor))).softmax(0)
+        shares = base + slow_ridge(inputs, missing, weights, point, anchor)
+        positive = (shares + (shares**2 + 1e-6).sqrt()) / 2
+        fitted = positive / positive.sum()
 
         assert fate is not None
         assert (fate.steps, fate.stop_reason) == (1, "converged")
@@ -281,15 +283,20 @@ def test_the_anchor_holds_the_answer_to_the_base(resources: Resources, mixed: Im
     apart = []
     for anchor in (1e-3, 1e-1, 1e1, 1e3, 1e9):
         prediction = predict(f"rmc:held_out=0,anchor={anchor}", resources, mixed)
-        home = (SHARPNESS * prediction.base_scores).softmax(1)  # the base's answer, on the scale of the fitted ones
-        apart.append((prediction.scores - home).abs().sum(1))
+        apart.append((prediction.scores - prediction.base_scores).abs().sum(1))
     assert all(stronger.mean() < 0.95 * weaker.mean() for weaker, stronger in itertools.pairwise(apart))
     assert apart[0].mean() > 0.5
-    assert apart[-1].max() < 1e-3
+    assert apart[-1].max() < 0.01  # what rounding negative shares off does to ten classes
     assert torch.equal(prediction.scores.argmax(1), prediction.base_scores.argmax(1))
 
 
 # The budget
+
+
+def test_the_surrogate_looks_at_the_budget_too(resources: Resources, clean: Images) -> None:
+    defence, generator = build_defence("rmc", resources), torch.Generator()
+    with pytest.raises(BudgetExceededError, match="cancelled"):
+        defence.surrogate(clean[:1], generator=generator, budget=Budget(cancelled=lambda: True))
 
 
 @pytest.mark.parametrize("text", ["none", "webnn", "deepnn", "rmc", "rmc:solver=adam"])

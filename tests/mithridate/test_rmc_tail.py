@@ -119,7 +119,7 @@ def test_equals_fine_tuning_by_hand(exact: Resources, images: torch.Tensor, name
             anchor=config.anchor,
         )
         kept, steps, reason = by_hand.tune(tail, *known, held, query.seeds[row])
-        after = by_hand.held_out(tail, *known[:2], held)
+        after = by_hand.held_out(tail, *known, held)
         if held and config.refit:
             tail = classifier.private_tail()
             again = replace(by_hand, epochs=kept, tolerance=0.0)
@@ -129,7 +129,7 @@ def test_equals_fine_tuning_by_hand(exact: Resources, images: torch.Tensor, name
             logits = tail(query.base.activation[row : row + 1])[0]
         torch.testing.assert_close(adapted.logits[row], logits, rtol=1e-6, atol=1e-6)
         assert (fate.steps, fate.stop_reason, fate.weights) == (steps, reason, "adapted" if kept else "base")
-        before = by_hand.held_out(classifier.tail, *known[:2], held)
+        before = by_hand.held_out(classifier.tail, *known, held)
         assert fate.held_out_loss == (pytest.approx((before, after)) if held else None)
         ended.add((steps, reason))
     wanted = {"patience": "patience", "tolerance": "converged"}.get(name.split()[0], "max_steps")

@@ -66,8 +66,8 @@ def all_sorted(resources: Resources, query: torch.Tensor) -> list[tuple[float, i
 
 
 def assert_selected(found: Selection, row: int, wanted: list[tuple[float, int]]) -> None:
-    assert found.ids[row].tolist() == [i for _, i in sorted(wanted)]
-    np.testing.assert_allclose(found.distances[row].numpy(), [d for d, _ in sorted(wanted)], rtol=1e-9, atol=1e-12)
+    assert found.ids[row].tolist() == [i for _, i in wanted]
+    np.testing.assert_allclose(found.distances[row].numpy(), [d for d, _ in wanted], rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -87,7 +87,8 @@ def test_the_nearest_count_alike(classifier: Classifier, metric: Metric) -> None
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("neighbors", [2, 8, 15, 30])
 def test_balanced_takes_the_nearest_of_each_class(classifier: Classifier, metric: Metric, neighbors: int) -> None:
-    """The lower classes get what cannot be divided; a class that has fewer gives what it has."""
+    """The lower classes get what cannot be divided; a class that has fewer gives what it has. They take turns, so that
+    whatever is held out from the front has all of them."""
     resources = make(classifier, metric)
     found = select(resources, neighbors=neighbors, balanced=True)
     labels = resources.exemplars.labels
@@ -95,8 +96,12 @@ def test_balanced_takes_the_nearest_of_each_class(classifier: Classifier, metric
         wanted = []
         for label in range(CLASSES):
             share = neighbors // CLASSES + (label < neighbors % CLASSES)
-            wanted += [(d, i) for d, i in all_sorted(resources, query) if labels[i] == label][:share]
-        assert_selected(found, row, wanted)
+            mine = [(d, i) for d, i in all_sorted(resources, query) if labels[i] == label][:share]
+            wanted += [(turn, d, i) for turn, (d, i) in enumerate(mine)]
+        assert_selected(found, row, [(d, i) for _, d, i in sorted(wanted)])
+        told = found.neighbors
+        assert told.ids[row].tolist() == [i for _, i in sorted((d, i) for _, d, i in wanted)]  # nearest first
+        assert told.distances[row].diff().min() >= 0
     torch.testing.assert_close(found.weights.sum(1), torch.ones(7, dtype=torch.float64))
     assert torch.equal(found.weights, found.weights[:1, :1].expand_as(found.weights))
 
@@ -108,7 +113,7 @@ def test_adversarial_says_how_many_are_attacked_copies(classifier: Classifier, s
     for row, query in enumerate(queries()):
         ranked = all_sorted(resources, query)
         clean, copies = ([(d, i) for d, i in ranked if (i >= SOURCES) == flag] for flag in (False, True))
-        assert_selected(found, row, clean[: 10 - attacked] + copies[:attacked])
+        assert_selected(found, row, sorted(clean[: 10 - attacked] + copies[:attacked]))
     assert (found.ids >= SOURCES).sum(1).tolist() == [attacked] * 7
 
 
@@ -170,7 +175,7 @@ def test_a_query_on_top_of_its_neighbours_is_no_division_by_zero(classifier: Cla
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("more", [{}, {"radius": 3.0}, {"balanced": True}, {"adversarial": 0.5}])
+@pytest.mark.parametrize("more", [{}, {"balanced": True}, {"adversarial": 0.5}])
 def test_soft_weights_have_the_gradient_of_the_formula(
     classifier: Classifier, metric: Metric, more: dict[str, float]
 ) -> None:
@@ -193,6 +198,55 @@ def test_no_gradient_where_none_is_wanted(classifier: Classifier) -> None:
         quiet = select(resources, asked, neighbors=8, temperature=0.5).weights
     assert not quiet.requires_grad
     torch.testing.assert_close(select(resources, asked, neighbors=8, temperature=0.5).weights.detach(), quiet)
+
+
+# Holding out
+
+
+@pytest.mark.parametrize("share", [0.05, 0.2, 0.5, 0.9])
+@pytest.mark.parametrize("options", [{}, {"radius": 2.2}, {"radius": 2.2, "balanced": True}, {"temperature": 0.5}])
+def test_held_out_is_the_first_share_of_those_that_count(
+    classifier: Classifier, share: float, options: dict[str, float]
+) -> None:
+    found = select(make(classifier), neighbors=20, **options)
+    split, held = found.hold_out(share)
+    assert held == max(1, int(share * found.ids.shape[1]))
+    counted = set()
+    for row in range(len(found.ids)):
+        before, after = ([*zip(*part, strict=True)] for part in (_row(found, row), _row(split, row)))
+        assert sorted(before) == sorted(after)  # the same exemplars, with the same distances and weights
+        those = [entry for entry in before if entry[2] > 0]
+        first = max(1, int(share * len(those))) if those else 0
+        assert [entry for entry in after[:held] if entry[2] > 0] == those[:first]
+        assert [entry for entry in after[held:] if entry[2] > 0] == those[first:]
+        counted.add(len(those))
+    if options.get("radius"):
+        assert len(counted) > 3
+        assert 0 < min(counted - {0}) < 20 * share + 3  # fewer than are held out of a full row
+
+
+def _row(selection: Selection, row: int) -> tuple[list[int], list[float], list[float]]:
+    return selection.ids[row].tolist(), selection.distances[row].tolist(), selection.weights[row].tolist()
+
+
+def test_nothing_is_held_out_where_nothing_is_asked_for(classifier: Classifier) -> None:
+    found = select(make(classifier), neighbors=20, radius=2.2)
+    split, held = found.hold_out(0)
+    assert held == 0
+    assert split is found
+
+
+def test_held_out_weights_keep_their_gradient(classifier: Classifier) -> None:
+    selector = Selector(resources=make(classifier), config=SelectionConfig(neighbors=12, temperature=0.5, radius=2.5))
+    asked = queries(4, torch.float64).requires_grad_()
+    split, held = selector.select(asked).hold_out(0.2)
+    (gradient,) = torch.autograd.grad(split.weights[:, :held].sum(), asked)
+    assert gradient.any()
+
+
+def test_a_radius_in_what_is_no_distance_is_refused(classifier: Classifier) -> None:
+    with pytest.raises(OptionError, match=r"^rmc: radius needs a metric that is a distance; the bundle's is ip, allow"):
+        select(make(classifier, "ip"), neighbors=4, radius=3)
 
 
 def test_a_selection_that_cannot_be_made_is_refused_in_one_line(classifier: Classifier) -> None:
