@@ -31,7 +31,7 @@ serve: install
 	$(BIN)/mithridate demo --out build/demo --serve
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: install
 	$(BIN)/ruff format --check .

@@ -22,8 +22,10 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 @pytest.fixture(scope="session", autouse=True)
 def _two_threads() -> None:
-    torch.set_num_threads(2)
-    set_search_threads(2)
+    """In all: make test has two processes."""
+    threads = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
+    torch.set_num_threads(threads)
+    set_search_threads(threads)
 
 
 @pytest.fixture(scope="session")
