@@ -287,19 +287,31 @@ def _plot(rows: dict[str, Any], path: Path, title: str) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(9, 5.2), layout="constrained")
-    for cell, row in rows.items():
-        if "attacked" not in row:
-            continue
+    shown = sorted((cell for cell in rows if "attacked" in rows[cell]), key=lambda cell: _cost(rows[cell]))
+    dearest, below = max(_cost(rows[cell]) for cell in shown), False
+    for place, cell in enumerate(shown):
+        row = rows[cell]
         scope, slash, preset = cell.partition("/")
         colour = _COLOURS.get(scope if slash else "other", _COLOURS["other"])
         accuracy, (low, high) = 100 * row["attacked"]["accuracy"], row["attacked"]["interval"]
         errors = [[accuracy - 100 * low], [100 * high - accuracy]]
-        axes.errorbar(
-            _cost(row), accuracy, yerr=errors, fmt=_MARKS.get(preset, "X"), color=colour, capsize=3, markersize=8
+        cost = _cost(row)
+        axes.errorbar(cost, accuracy, yerr=errors, fmt=_MARKS.get(preset, "X"), color=colour, capsize=3, markersize=8)
+        near = [other for other in shown[:place] if cost / _cost(rows[other]) < 6]
+        crowded = any(abs(100 * rows[other]["attacked"]["accuracy"] - accuracy) < 8 for other in near)
+        below = crowded and not below  # neighbours' names take turns above and below
+        right = cost > dearest / 4
+        axes.annotate(
+            cell,
+            (cost, accuracy),
+            xytext=(-7 if right else 7, -13 if below else 5),
+            textcoords="offset points",
+            ha="right" if right else "left",
+            fontsize=8,
+            color=colour,
         )
-        axes.annotate(cell, (_cost(row), accuracy), xytext=(7, 5), textcoords="offset points", fontsize=8, color=colour)
     axes.set_xscale("log")
-    axes.set_ylim(-4, 104)
+    axes.set_ylim(-8, 104)
     axes.set_xlabel("milliseconds an image (batch 64; batch 1 where that takes over a second an image), log scale")
     axes.set_ylabel("accuracy under static attack, % (bars: 95 % interval)")
     axes.set_title(title)

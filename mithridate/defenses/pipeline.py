@@ -9,6 +9,7 @@ from typing import Any
 from mithridate.defenses.adapting import Adapter
 from mithridate.defenses.base import Defence, Resources
 from mithridate.defenses.exemplar_scores import ExemplarScores
+from mithridate.defenses.guard import GuardConfig
 from mithridate.defenses.head_adam import AdamConfig
 from mithridate.defenses.head_ridge import RidgeConfig, RidgeHead
 from mithridate.defenses.knn_oat import KNNOAT, KNNOATConfig
@@ -55,15 +56,22 @@ def _ridge(resources: Resources, config: RidgeConfig) -> Adapter:
     return RidgeHead(resources=resources, config=config, scores=ExemplarScores(resources))
 
 
+_GATED = GuardConfig(gate=0.05)
+"""Do no harm: without a gate, adaptation halves what an adversarially trained base withstands; with it, it costs a
+static repair or two in a hundred (docs/rmc.md).
+"""
+
 # The options that each scope has without any: the preset ``balanced``.
 _SCOPES = {
     ("head", "ridge"): _Scope(
-        config=RMCConfig(selection=SelectionConfig(neighbors=256, temperature=0.5), adapting=RidgeConfig()),
+        config=RMCConfig(
+            selection=SelectionConfig(neighbors=256, temperature=0.25), adapting=RidgeConfig(), guarding=_GATED
+        ),
         make=_ridge,
         prefix={},
     ),
     ("head", "adam"): _Scope(
-        config=RMCConfig(selection=SelectionConfig(neighbors=256), adapting=AdamConfig()),
+        config=RMCConfig(selection=SelectionConfig(neighbors=256), adapting=AdamConfig(), guarding=_GATED),
         make=lambda resources, config: AdamHead(resources=resources, config=config),
         prefix={"solver": "adam"},
     ),
@@ -71,6 +79,7 @@ _SCOPES = {
         config=RMCConfig(
             selection=SelectionConfig(neighbors=16),
             adapting=TailConfig(learning_rate=0.01, epochs=6, batch_size=16, refit=False),
+            guarding=_GATED,
         ),
         make=lambda resources, config: TailAdapter(resources=resources, config=config),
         prefix={"scope": "tail"},
@@ -79,6 +88,7 @@ _SCOPES = {
         config=RMCConfig(
             selection=SelectionConfig(neighbors=16),
             adapting=AllConfig(learning_rate=0.003, epochs=6, batch_size=16),
+            guarding=_GATED,
         ),
         make=lambda resources, config: AllAdapter(resources=resources, config=config),
         prefix={"scope": "all"},

@@ -9,10 +9,11 @@ from mithridate.errors import OptionError
 
 Options = Mapping[str, str]
 
-_PAPER = {"epochs": "100", "batch_size": "128", "patience": "5", "held_out": "0.2"}
-"""Wu et al. 2020 and their code: at most 100 epochs of batches of 128, the nearest fifth held out, patience 5."""
+_PAPER = {"epochs": "100", "batch_size": "128", "patience": "5", "held_out": "0.2", "gate": "0"}
+"""Wu et al. 2020 and their code: at most 100 epochs of batches of 128, the nearest fifth held out, patience 5; no gate.
+"""
 
-_PAPER_HEAD = {"tolerance": "0", "patience": "5", "refit": "false"}
+_PAPER_HEAD = {"tolerance": "0", "patience": "5", "refit": "false", "gate": "0"}
 """The same rules for the head, whose steps take all neighbours at once: as many as the epochs have batches."""
 
 PRESETS: Mapping[str, Mapping[str, Options]] = {

@@ -8,6 +8,7 @@ the index, and its images, clean and attacked, are the queries. The base model h
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -37,17 +38,20 @@ AXES: Mapping[str, Mapping[str, Sequence[str]]] = {
         "steps": ("10", "25", "50", "100"),
     },
     "rmc:scope=tail": {
-        "learning_rate": ("0.0001", "0.0003", "0.001", "0.003"),
-        "neighbors": ("64", "256", "1024"),
-        "epochs": ("1", "3", "10", "30"),
+        "learning_rate": ("0.001", "0.003", "0.01", "0.03"),
+        "neighbors": ("16", "64", "256"),
+        "epochs": ("1", "3", "6", "12"),
     },
     "rmc:scope=all": {
-        "learning_rate": ("2.5e-05", "0.0001", "0.0003", "0.001"),
-        "neighbors": ("64", "256", "1024"),
-        "epochs": ("1", "3", "10"),
+        "learning_rate": ("0.0003", "0.001", "0.003", "0.01"),
+        "neighbors": ("16", "64", "256"),
+        "epochs": ("1", "3", "6"),
     },
 }
 """What is searched, in this order, one axis after the other from the best so far, twice around."""
+
+GATES = ("0.0", "0.05", "0.1", "0.3")
+"""Searched too, but only against adaptive attacks: static ones show what a gate costs and nothing of what it is for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +112,7 @@ def tune(
     """
     held_out = _hold_out(resources, plan)
     tried: dict[str, Trial] = {}
-    axes = AXES[plan.family]
+    axes = {**AXES[plan.family], **({"gate": GATES} if plan.against == "adaptive" else {})}
     rounds, total = 2, 2 * sum(map(len, axes.values()))
 
     def trial(text: str) -> Trial:
@@ -212,10 +216,12 @@ def _attack(defence: Defence, held_out: _HeldOut, plan: TuningPlan) -> Pixels:
 
 
 def _threshold(text: str, held_out: _HeldOut, share: float) -> float:
-    """The agreement that all but ``share`` of the clean images reach."""
+    """The agreement that all but ``share`` of the clean images reach; rounded down, so that the rounding of another
+    batch turns no more away.
+    """
     from mithridate.defenses.rmc import RMC
 
     defence = build_defence(text, held_out.resources)
     assert isinstance(defence, RMC)
     agreement = torch.cat([defence.agreement(to_images(batch)) for batch in held_out.clean.split(_BATCH)])
-    return float(agreement.sort().values[int(share * len(agreement))])
+    return max(0.0, math.floor(1e6 * float(agreement.sort().values[int(share * len(agreement))]) - 1) / 1e6)

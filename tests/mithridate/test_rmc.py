@@ -82,7 +82,7 @@ def test_ridge_equals_the_slow_loop(
 ) -> None:
     """More neighbours than features, which are 128 numbers, and fewer."""
     mixed, resources = mixed[:14], resources if bias else without_bias(resources)
-    options = f"neighbors={neighbors},temperature={temperature},anchor={anchor},held_out={held_out}"
+    options = f"neighbors={neighbors},temperature={temperature},anchor={anchor},held_out={held_out},gate=0"
     prediction, head = predict(f"rmc:{options}", resources, mixed), deepcopy(resources.classifier.head).double()
     with torch.no_grad():
         queries = resources.classifier.embed(mixed)
@@ -121,7 +121,7 @@ def test_ridge_equals_the_slow_loop(
 
 @pytest.mark.parametrize("config", [AdamConfig(steps=30), AdamConfig(held_out=0, steps=15, anchor=0.05)])
 def test_adam_equals_the_slow_loop(resources: Resources, mixed: Images, config: AdamConfig) -> None:
-    options = f"neighbors=60,steps={config.steps},held_out={config.held_out},anchor={config.anchor}"
+    options = f"neighbors=60,steps={config.steps},held_out={config.held_out},anchor={config.anchor},gate=0"
     prediction = predict(f"rmc:solver=adam,{options}", resources, mixed[:10])
     with torch.no_grad():
         queries = resources.classifier.embed(mixed[:10])
@@ -226,8 +226,8 @@ def test_a_network_without_a_head_says_what_to_use_instead(resources: Resources)
 def test_what_the_neighbours_cannot_confirm_is_not_served(resources: Resources, mixed: Images, solver: str) -> None:
     """Labels drawn by lot teach nothing that holds for the nearest fifth."""
     lots = torch.randint(10, resources.exemplars.labels.shape, generator=torch.Generator().manual_seed(0))
-    noisy, text = relabelled(resources, lots), f"rmc:solver={solver},neighbors=64,learning_rate=1"
-    text = text if solver == "adam" else "rmc:neighbors=64,anchor=1e-6"
+    noisy, text = relabelled(resources, lots), f"rmc:solver={solver},neighbors=64,gate=0,learning_rate=1"
+    text = text if solver == "adam" else "rmc:neighbors=64,gate=0,anchor=1e-6"
     prediction = predict(text, noisy, mixed)
     fell_back = torch.tensor([fate == "base" for fate in fates(prediction)])
     assert fell_back.double().mean() > 0.5
@@ -282,7 +282,7 @@ def test_an_image_that_has_no_neighbours_within_the_radius_is_answered_by_the_ba
 def test_the_anchor_holds_the_answer_to_the_base(resources: Resources, mixed: Images) -> None:
     apart = []
     for anchor in (1e-3, 1e-1, 1e1, 1e3, 1e9):
-        prediction = predict(f"rmc:held_out=0,anchor={anchor}", resources, mixed)
+        prediction = predict(f"rmc:held_out=0,gate=0,anchor={anchor}", resources, mixed)
         apart.append((prediction.scores - prediction.base_scores).abs().sum(1))
     assert all(stronger.mean() < 0.95 * weaker.mean() for weaker, stronger in itertools.pairwise(apart))
     assert apart[0].mean() > 0.5
@@ -375,7 +375,7 @@ def test_the_step_ceiling_holds_for_each_image(
 def test_the_closed_form_has_the_gradient_of_its_answer(resources: Resources, attacked: Images, options: str) -> None:
     """From the pixels, through weights and fit, in float64; the neighbours stay the same for so small a step."""
     exact = replace(resources, classifier=deepcopy(resources.classifier).double())
-    defence = build_defence(f"rmc:neighbors=24,held_out=0{options}", exact)
+    defence = build_defence(f"rmc:neighbors=24,held_out=0,gate=0{options}", exact)
     image = attacked[:1].double().clamp(0.1, 0.9).requires_grad_()
 
     def answer(image: torch.Tensor) -> torch.Tensor:

@@ -111,7 +111,7 @@ def test_a_tuned_bundle_serves_what_it_was_tuned_to(digits_bundle: Path, tmp_pat
     shutil.copytree(digits_bundle, path)
     opened = Bundle.open(path)
     assert Resources.load(opened).tuning is None
-    chosen = "rmc:neighbors=32,temperature=0.25"
+    chosen = "rmc:neighbors=32,temperature=0.75"
     tuning = Tuning(
         bundle=opened.digest, defense=chosen, against="static", seed=0, base=trial("none"), trials=(trial(chosen),)
     )
@@ -120,7 +120,7 @@ def test_a_tuned_bundle_serves_what_it_was_tuned_to(digits_bundle: Path, tmp_pat
     loaded = Resources.load(Bundle.open(path))
     assert build_defence("rmc", loaded).name == chosen
     assert build_defence("rmc:preset=tuned", loaded).name == chosen
-    assert build_defence("rmc:preset=tuned,neighbors=48", loaded).name == "rmc:neighbors=48,temperature=0.25"
+    assert build_defence("rmc:preset=tuned,neighbors=48", loaded).name == "rmc:neighbors=48,temperature=0.75"
     assert build_defence("rmc:preset=balanced", loaded).name == "rmc:preset=balanced"
     assert read_tuning(path, opened.digest) == tuning
     assert [f.name for f in tmp_path.iterdir()] == ["tuned"]  # no half-written file beside it
