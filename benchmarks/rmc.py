@@ -6,8 +6,9 @@ Each row is measured in a process of its own (peak memory), one after the other:
 64, the ratio to the plain forward pass (measured in between, in the same process) and to the literal reference
 (``benchmarks/reference_rmc.py``: calibration, state carried from image to image), and accuracy on clean images and
 under static PGD with 95 % intervals. Rows that take more than a second an image are scored on the first
-``--slow-images`` only. The bundle needs stored activations (``mithridate build --tail-layer auto``). Rows measured
-before are kept with ``--only``.
+``--slow-images`` only; what was right on the first few is kept, to compare with the reference on the same images. The
+bundle needs stored activations (``mithridate build --tail-layer auto``). ``--only`` measures some rows and keeps those
+that were measured before, in the same setting.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from mithridate.types import Epsilon, to_images
 _BATCH = 64
 _SLOW = 1.0  # seconds an image
 _SEEDED = 0
+_PAIRED = 50  # images whose single answers are kept
 
 CELLS = (
     "none",
@@ -76,7 +78,8 @@ def main(
     opened = Bundle.open(bundle)
     surrogate = Surrogate(classifier=opened.classifier(), source=opened.digest)
     path = results.RESULTS / f"{name}.json"
-    before = json.loads(path.read_text())["rows"] if only and path.is_file() else {}
+    setting = {"bundle": opened.digest, "dataset": data.spec, "epsilon": epsilon, "attack": attack}
+    before = _measured_before(path, setting) if only else {}
     wanted = [c for c in CELLS if not only or any(c == o or c.startswith(f"{o}/") for o in only)]
     pixels = craft(surrogate, data, attack=attack, epsilon=Epsilon.parse(epsilon), seed=_SEEDED).pixels
     file = Path("build") / f".{name}-attacked.npy"
@@ -86,14 +89,25 @@ def main(
         started = time.monotonic()
         command = [sys.executable, "-m", "benchmarks.rmc", *sys.argv[1:], "--cell", each, "--crafted", str(file)]
         answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-        rows[each] = json.loads(answer.splitlines()[-1])
+        rows[each] = {**json.loads(answer.splitlines()[-1]), "threads": torch.get_num_threads()}
         print(f"{number}/{len(wanted)} {each}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
         rows = {key: rows[key] for key in CELLS if key in rows}
-        content = {"bundle": opened.digest, "dataset": data.spec, "epsilon": epsilon, "attack": attack, "rows": rows}
-        results.write(name, content)
+        results.write(name, {**setting, "rows": rows})
     file.unlink()
     _print(rows, f"{data.spec}, static {attack} at {epsilon}")
     _plot(rows, path.with_suffix(".png"), f"{opened.manifest.name}, static {attack} at {epsilon}")
+
+
+def _measured_before(path: Path, setting: dict[str, Any]) -> dict[str, Any]:
+    """Rows of an earlier run. Refuses those of another bundle, data set or attack."""
+    if not path.is_file():
+        return {}
+    found = json.loads(path.read_text())
+    for key, value in setting.items():
+        if found[key] != value:
+            raise typer.BadParameter(f"{path.name} is of {key}={found[key]}, this run of {value}; give another --name")
+    rows: dict[str, Any] = found["rows"]
+    return rows
 
 
 def defence_text(cell: str) -> str:
@@ -161,7 +175,8 @@ def _accuracy(defence: Defence, pixels: torch.Tensor, labels: torch.Tensor) -> d
 
 def _share(right: torch.Tensor) -> dict[str, Any]:
     interval = wilson_interval(int(right.sum()), len(right))
-    return {"n": len(right), "accuracy": float(right.double().mean()), "interval": list(interval)}
+    first = "".join(str(int(flag)) for flag in right[:_PAIRED])
+    return {"n": len(right), "accuracy": float(right.double().mean()), "interval": list(interval), "first": first}
 
 
 def _reference(
@@ -214,33 +229,49 @@ def _same_epochs(resources: Resources, poisoned: torch.Tensor, epochs: int = 2) 
 
 
 def _same_state(resources: Resources, clean: torch.Tensor, poisoned: torch.Tensor, count: int) -> dict[str, Any]:
-    """How often ``all`` with the reference's settings answers as the reference does from the same state (epochs cut to
-    1).
+    """How often ``all`` with the reference's settings answers as the reference does from the same state.
+
+    One epoch: at the published learning rate, and at one forty times as large, where the answer moves far from the base
+    model's (how far, and how often the base model answers the same, is the control).
     """
-    published = Published(epochs=1)
-    text = "rmc:scope=all,preset=paper-cifar10,epochs=1,restore=last"
-    row: dict[str, Any] = {"epochs": 1}
-    reference = ReferenceRMC(resources, published, carry=False)
     half = count // 2
-    pixels = torch.cat([clean[:half], poisoned[:half]])
+    found = {
+        "published": _compared(resources, torch.cat([clean[:half], poisoned[:half]]), Published(epochs=1)),
+        "forty times the learning rate": _compared(
+            resources, torch.cat([clean[: half // 2], poisoned[: half // 2]]), Published(epochs=1, learning_rate=1e-3)
+        ),
+    }
+    return {"epochs": 1, "settings": found}
+
+
+def _compared(resources: Resources, pixels: torch.Tensor, published: Published) -> dict[str, Any]:
+    text = (
+        f"rmc:scope=all,preset=paper-cifar10,epochs={published.epochs},restore=last,"
+        f"learning_rate={published.learning_rate}"
+    )
+    reference = ReferenceRMC(resources, published, carry=False)
     wanted = []
     for image in to_images(pixels):
         request = torch.Generator().manual_seed(_SEEDED)
         seed = int(torch.randint(2**62, (), generator=request))  # what the defence draws for a call
         wanted.append(reference.predict(image, torch.Generator().manual_seed(seed)))
     logits = torch.stack(wanted)
-    for precision in ("float32", "auto"):
-        defence = build_defence(f"{text},precision={precision}", resources)
-        scores = torch.cat(
-            [
-                defence.predict(image, generator=torch.Generator().manual_seed(_SEEDED), budget=Budget()).scores
-                for image in to_images(pixels).split(1)
-            ]
-        )
-        row[precision] = {
+
+    def compare(scores: torch.Tensor) -> dict[str, Any]:
+        return {
             "same_class": _share(scores.argmax(1) == logits.argmax(1)),
             "largest_score_difference": float((scores - logits.softmax(1)).abs().max()),
         }
+
+    with torch.no_grad():
+        row = {"base model (control)": compare(resources.classifier(to_images(pixels)).softmax(1))}
+    for precision in ("float32", "auto"):
+        defence = build_defence(f"{text},precision={precision}", resources)
+        answers = [
+            defence.predict(image, generator=torch.Generator().manual_seed(_SEEDED), budget=Budget()).scores
+            for image in to_images(pixels).split(1)
+        ]
+        row[f"all, {precision}"] = compare(torch.cat(answers))
     return row
 
 

@@ -8,8 +8,9 @@ the margin between the true and the strongest other class, and the margin attack
 counts only where all three fail. *worst case*: per image, over clean images and over everything that was made in this
 run, for whichever row: a guard that hides the gradient of what it guards does not hide it from an attack on the
 unguarded row beside it. This is nearer to what a defence is worth against somebody who has read its source; stronger
-attackers exist. A defence that may abstain has a second worst case, in which an abstention is no error (on an attacked
-image it is not; on a clean one it is: see the column of clean images that it turned away).
+attackers exist. In all of these an abstention is an error. A defence that may abstain has a second worst case,
+in which one on an attacked image is none (on a clean one it still is); no attack here aims past the abstention, so that
+column is an upper bound.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from mithridate.types import Epsilon, Pixels, to_images
 
 _BATCH = 64
 _LOSSES = ("cross-entropy", "margin")
+_ROWS = ("none", "rmc", "rmc:gate=0", "webnn", "deepnn")
 
 
 def main(
@@ -57,7 +59,7 @@ def main(
     radius = Epsilon.parse(epsilon)
     surrogate = Surrogate(classifier=resources.classifier, source=opened.digest)
     static = torch.from_numpy(craft(surrogate, data, attack=attack, epsilon=radius, seed=seed).pixels)
-    defences = [build_defence(text, resources) for text in defense or ["none", "rmc", "webnn", "deepnn"]]
+    defences = [build_defence(text, resources) for text in defense or _ROWS]
     made = {("static", "cross-entropy"): static}
     if adaptive:
         base = build_defence("none", resources)
@@ -81,12 +83,12 @@ def _row(
     if own:
         attacked[f"adaptive {attack}"] = _worst(*own)
     everything = _worst(clean, *asked.values())
-    row: dict[str, Any] = {"defense": defence.name, "clean": _report(clean.right)}
-    row.update({name: _report(found.right) for name, found in attacked.items()})
+    row: dict[str, Any] = {"defense": defence.name, "clean": _report(clean.answered)}
+    row.update({name: _report(found.answered) for name, found in attacked.items()})
     row["worst case"] = _report(everything.right)
     if clean.abstained.any() or any(found.abstained.any() for found in asked.values()):
         row["clean abstained"] = _report(clean.abstained)
-        row["worst case or abstained"] = _report((clean.right | clean.abstained) & everything.held)
+        row["worst case or abstained"] = _report(clean.answered & everything.held)
     print(f"{defence.name}: worst case {100 * row['worst case']['accuracy']:.1f} %", flush=True)
     return row
 
@@ -99,12 +101,17 @@ class _Asked:
     abstained: np.ndarray
 
     @property
+    def answered(self) -> np.ndarray:
+        """Right, and stood by."""
+        return self.right & ~self.abstained
+
+    @property
     def held(self) -> np.ndarray:
         return self.right | self.abstained
 
 
 def _worst(*several: _Asked) -> _Asked:
-    right = np.all([asked.right & ~asked.abstained for asked in several], axis=0)
+    right = np.all([asked.answered for asked in several], axis=0)
     held = np.all([asked.held for asked in several], axis=0)
     return _Asked(right, held & ~right)
 

@@ -25,20 +25,20 @@ def main() -> None:
         print(f"\n## {path.stem}\n\n```\n{content['command']}\n```\n\n{where}")
         if path.with_suffix(".png").is_file():
             print(f"\n![{path.stem}]({path.stem}.png)")
-        for line in _KINDS.get(_kind(path.stem, content), _nothing)(content):
+        for line in _lines(path.name, content):
             print(line)
 
 
-def _kind(name: str, content: dict[str, Any]) -> str:
+def _lines(name: str, content: dict[str, Any]) -> Iterator[str]:
+    for has, lines in _KINDS:
+        if has(content):
+            return lines(content)
+    raise SystemExit(f"error: {name} is of no kind that this page knows; teach benchmarks/tables.py")
+
+
+def _rows(content: dict[str, Any]) -> list[dict[str, Any]]:
     rows = content.get("rows")
-    if isinstance(rows, list) and rows and "worst case" in rows[0]:
-        return "robustness"
-    return name
-
-
-def _nothing(content: dict[str, Any]) -> Iterator[str]:
-    del content
-    yield from ()
+    return rows if isinstance(rows, list) and rows else [{}]
 
 
 def _robustness(content: dict[str, Any]) -> Iterator[str]:
@@ -69,9 +69,11 @@ def _rmc(content: dict[str, Any]) -> Iterator[str]:
                 f"{row['peak_mb']:,.0f}",
                 f"{_share(row['clean'])}, n = {row['clean']['n']}",
                 f"{_share(row['attacked'])}, n = {row['attacked']['n']}",
+                _paired(row, rows.get("reference")),
             ]
         )
     header = ["row", "ms, batch 1", "ms, batch 64", "x forward", "reference / it", "peak MB", "clean", "attacked"]
+    header.append("attacked, on the reference's images")
     yield f"\n{content['attack']} at {content['epsilon']}, made on the base model"
     yield from _table(header, table)
     if "same-epochs" in rows:
@@ -82,15 +84,31 @@ def _rmc(content: dict[str, Any]) -> Iterator[str]:
             [[name, f"{value:.2f}", f"{seconds['reference'] / value:.2f}"] for name, value in seconds.items()],
         )
     if "same-state" in rows:
-        same = {name: row for name, row in rows["same-state"].items() if isinstance(row, dict)}
-        yield "\nThe reference's settings, from the same state:"
+        yield f"\nThe reference's settings from the same state, {rows['same-state']['epochs']} epoch:"
         yield from _table(
-            ["precision", "same class", "n", "largest difference of a score"],
+            ["learning rate", "who", "same class as the reference", "n", "largest difference of a score"],
             [
-                [name, _share(row["same_class"]), str(row["same_class"]["n"]), f"{row['largest_score_difference']:.1e}"]
-                for name, row in same.items()
+                [
+                    setting,
+                    who,
+                    _share(found["same_class"]),
+                    str(found["same_class"]["n"]),
+                    f"{found['largest_score_difference']:.1e}",
+                ]
+                for setting, compared in rows["same-state"]["settings"].items()
+                for who, found in compared.items()
             ],
         )
+
+
+def _paired(row: dict[str, Any], reference: dict[str, Any] | None) -> str:
+    if reference is None:
+        return ""
+    count = int(reference["attacked"]["n"])
+    if row is reference:
+        return f"{round(count * row['attacked']['accuracy'])} of {count}"
+    first = row["attacked"].get("first", "")[:count]
+    return f"{first.count('1')} of {len(first)}" if first else ""
 
 
 def _purity(content: dict[str, Any]) -> Iterator[str]:
@@ -129,12 +147,73 @@ def _scaling(content: dict[str, Any]) -> Iterator[str]:
         yield f"\n{crossing['words']}"
 
 
-_KINDS: dict[str, Callable[[dict[str, Any]], Iterator[str]]] = {
-    "robustness": _robustness,
-    "rmc": _rmc,
-    "neighbor-purity": _purity,
-    "scaling": _scaling,
-}
+def _throughput(content: dict[str, Any]) -> Iterator[str]:
+    names = {"serial_rps": "requests/s, 1 client", "parallel_rps": "requests/s, 8 clients"}
+    names.update({"open_rate": "open loop, a second", "open_p50_ms": "p50 ms", "open_p99_ms": "p99 ms"})
+    yield f"\n{content['dataset']}, one image a request"
+    yield from _table(
+        ["defence", *names.values()],
+        [[f"`{row['defense']}`", *(f"{row[key]:.1f}" for key in names)] for row in content["rows"]],
+    )
+
+
+def _imagenet(content: dict[str, Any]) -> Iterator[str]:
+    yield f"\n{content['arch']}, {content['classes']} classes, {content['side']} px, {content['exemplars']:,} exemplars"
+    batches = list(content["rows"][0]["batches"])
+    header = [*(f"s an image, batch {count}" for count in batches), "MB before", "peak MB"]
+    yield from _table(
+        ["defence", *header],
+        [
+            [
+                f"`{row['defense']}`",
+                *(f"{row['batches'][count]['ms_an_image'] / 1000:.2f}" for count in batches),
+                f"{_resident(row['before_bytes']) / 1e6:,.0f}",
+                f"{max(_resident(row['batches'][count]['peak_bytes']) for count in batches) / 1e6:,.0f}",
+            ]
+            for row in content["rows"]
+        ],
+    )
+
+
+def _resident(found: Any) -> float:
+    return float(found["resident"] if isinstance(found, dict) else found)
+
+
+def _order(content: dict[str, Any]) -> Iterator[str]:
+    yield f"\n{content['images']} images, {content['permutations']} orders: largest difference of a score"
+    yield from _table(
+        ["defence", "adapted", "alone", "together", "other classes"],
+        [
+            [
+                f"`{row['defense']}`",
+                str(row["adapted"]),
+                f"{row['alone']:.1e}",
+                f"{row['together']:.1e}",
+                str(row["other_classes"]),
+            ]
+            for row in content["order"]
+        ],
+    )
+    yield f"\n{content['requests']:,} requests: resident bytes after the first and the last tenth"
+    table = []
+    for where, found in content["memory"].items():
+        sizes = list(found["bytes"].values())
+        first, last = (_resident(size) for size in (sizes[0], sizes[-1]))
+        table.append([where, f"{first / 1e6:,.1f} MB", f"{last / 1e6:,.1f} MB", f"{100 * (last / first - 1):+.2f} %"])
+    yield from _table(["where", "first", "last", "growth"], table)
+
+
+_Kind = tuple[Callable[[dict[str, Any]], bool], Callable[[dict[str, Any]], Iterator[str]]]
+
+_KINDS: tuple[_Kind, ...] = (
+    (lambda content: "worst case" in _rows(content)[0], _robustness),
+    (lambda content: isinstance(content.get("rows"), dict), _rmc),
+    (lambda content: "accuracy on attacked images" in content, _purity),
+    (lambda content: "crossings" in content, _scaling),
+    (lambda content: "serial_rps" in _rows(content)[0], _throughput),
+    (lambda content: "batches" in _rows(content)[0], _imagenet),
+    (lambda content: "order" in content, _order),
+)
 
 
 def _share(found: dict[str, Any]) -> str:

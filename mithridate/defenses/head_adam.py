@@ -258,6 +258,6 @@ def _fate(first: _Run, last: _Run, row: int, held: bool) -> Adaptation:
     return Adaptation(
         steps=steps,
         stop_reason=reason,
-        weights="base" if held and not first.kept[row] else "adapted",
+        weights="adapted" if first.kept[row] else "base",
         held_out_loss=first.losses[row] if held else None,
     )

@@ -22,9 +22,9 @@ from mithridate.defenses.base import Adaptation, Budget, Resources, interruption
 from mithridate.defenses.exemplar_scores import ExemplarScores
 from mithridate.defenses.options import require
 
-_ROUNDING = 1e-3
-"""Fitted shares reach below 0 and above 1. Those below are rounded off within about this much, smoothly, so that every
-score is positive, keeps its rank, and has a gradient.
+_ROUNDING = 1e-2
+"""Fitted shares reach below 0 and above 1. Those below are rounded off smoothly, within about this much for all classes
+together, so that every score is positive, keeps its rank, and has a gradient.
 """
 
 _NUMBERS_AT_A_TIME = 8_000_000
@@ -65,6 +65,9 @@ class RidgeHead:
         return join(parts)
 
     def _fit(self, query: Query) -> Adapted:
+        if all(interruptions(query.budgets)):
+            fates = _fates(query.budgets, None, [False] * len(query))
+            return Adapted(logits=query.base.logits.double(), adaptations=fates)
         head, (selection, held) = self.resources.classifier.head, query.selection.hold_out(self.config.held_out)
         device = query.base.logits.device
         features = self.resources.exemplars.gather_features(selection.ids, device)
@@ -102,8 +105,13 @@ class RidgeHead:
 
 
 def _positive(shares: torch.Tensor) -> torch.Tensor:
-    """Almost max(share, 0), without the corner."""
-    return (shares + (shares.square() + _ROUNDING**2).sqrt()) / 2
+    """Almost max(share, 0), without the corner: (share + root) / 2, below 0 in the form that does not cancel."""
+    corner = _ROUNDING / shares.shape[1]
+    root = (shares.square() + corner**2).sqrt()
+    below = shares < 0
+    # Neither branch divides or cancels where the other one is meant: its gradient would be no number, times 0.
+    divisor = root - torch.where(below, shares, 0.0)
+    return torch.where(below, corner**2 / (2 * divisor), (torch.where(below, 0.0, shares) + root) / 2)
 
 
 def fit_at(

@@ -13,19 +13,33 @@ _PAPER = {"epochs": "100", "batch_size": "128", "patience": "5", "held_out": "0.
 """Wu et al. 2020 and their code: at most 100 epochs of batches of 128, the nearest fifth held out, patience 5; no gate.
 """
 
-_PAPER_HEAD = {"tolerance": "0", "patience": "5", "refit": "false", "gate": "0"}
+_PAPER_HEAD = {"tolerance": "0", "refit": "false", "gate": "0"}
 """The same rules for the head, whose steps take all neighbours at once: as many as the epochs have batches."""
 
 PRESETS: Mapping[str, Mapping[str, Options]] = {
     # The authors' constants for ImageNet: 2,048 neighbours, Adam with 1e-5, on all weights.
     "paper-imagenet": {
-        "head": {"solver": "adam", "neighbors": "2048", "learning_rate": "1e-05", "steps": "1600", **_PAPER_HEAD},
+        "head": {
+            "solver": "adam",
+            "neighbors": "2048",
+            "learning_rate": "1e-05",
+            "steps": "1300",
+            "patience": "65",
+            **_PAPER_HEAD,
+        },
         "tail": {"neighbors": "2048", "learning_rate": "1e-05", **_PAPER},
         "all": {"neighbors": "2048", "learning_rate": "1e-05", **_PAPER},
     },
     # The constants of the CIFAR-10 re-implementation of Chen et al. (ICLR 2022): 1,024 neighbours, Adam with 2.5e-5.
     "paper-cifar10": {
-        "head": {"solver": "adam", "neighbors": "1024", "learning_rate": "2.5e-05", "steps": "800", **_PAPER_HEAD},
+        "head": {
+            "solver": "adam",
+            "neighbors": "1024",
+            "learning_rate": "2.5e-05",
+            "steps": "700",
+            "patience": "35",
+            **_PAPER_HEAD,
+        },
         "tail": {"neighbors": "1024", "learning_rate": "2.5e-05", **_PAPER},
         "all": {"neighbors": "1024", "learning_rate": "2.5e-05", **_PAPER},
     },

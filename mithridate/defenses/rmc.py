@@ -75,7 +75,8 @@ class RMC:
             guarded = guard(query, adapted, self._votes(query), self.guarding)
             scores, base_scores = guarded.scores.float().cpu(), base.logits.softmax(1).float().cpu()
             abstained = None if guarded.abstained is None else guarded.abstained.cpu()
-            described = describe_neighbors(selection.neighbors, exemplars)
+            nearest = selection.by_distance()
+            described = describe_neighbors(nearest.neighbors, exemplars, nearest.weights > 0)
         return Prediction(
             scores=scores,
             base_scores=base_scores,

@@ -61,9 +61,13 @@ class Selection:
 
     @property
     def neighbors(self) -> Neighbors:
-        """Without the weights, nearest first."""
+        """Without the weights."""
+        return Neighbors(ids=self.ids, distances=self.distances)
+
+    def by_distance(self) -> Selection:
+        """The same, nearest first."""
         distances, order = self.distances.sort(dim=1, stable=True)
-        return Neighbors(ids=self.ids.gather(1, order), distances=distances)
+        return Selection(ids=self.ids.gather(1, order), distances=distances, weights=self.weights.gather(1, order))
 
     def hold_out(self, share: float) -> tuple[Selection, int]:
         """The same with that share of each row's exemplars in front, to validate on, and how many places those take.
@@ -98,6 +102,12 @@ class Selector:
     def __post_init__(self) -> None:
         if self.config.radius and self.resources.index.metric == "ip":
             raise OptionError("rmc: radius needs a metric that is a distance; the bundle's is ip, allowed: l2, cosine")
+        classes = self.resources.classifier.spec.num_classes
+        if self.config.balanced and self.config.neighbors < classes:
+            raise OptionError(
+                f"rmc: neighbors={self.config.neighbors} are too few to be balanced over {classes} classes; allowed: "
+                f"{classes} and more"
+            )
         object.__setattr__(self, "_parts", self._split())
 
     def select(self, embedding: Embeddings) -> Selection:

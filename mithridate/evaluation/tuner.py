@@ -19,6 +19,7 @@ import torch
 from mithridate.attacks import parse_attack
 from mithridate.defenses import Budget, Defence, Resources, build_defence
 from mithridate.defenses.options import split_text
+from mithridate.defenses.presets import preset_options
 from mithridate.errors import OptionError
 from mithridate.tuning import Trial, Tuning
 from mithridate.types import Epsilon, Labels, Pixels, to_images
@@ -83,6 +84,8 @@ class TuningPlan:
     def family(self) -> str:
         """Scope and solver alone."""
         name, options = split_text(self.start)
+        if name == "rmc" and options.get("preset", "tuned") != "tuned":
+            options = {**preset_options(options["preset"], options.get("scope", "head")), **options}
         kept = [f"{key}={options[key]}" for key in ("scope", "solver") if key in options]
         kept = [part for part in kept if part not in ("scope=head", "solver=ridge")]
         return name + (":" + ",".join(kept) if kept else "")
@@ -224,4 +227,10 @@ def _threshold(text: str, held_out: _HeldOut, share: float) -> float:
     defence = build_defence(text, held_out.resources)
     assert isinstance(defence, RMC)
     agreement = torch.cat([defence.agreement(to_images(batch)) for batch in held_out.clean.split(_BATCH)])
-    return max(0.0, math.floor(1e6 * float(agreement.sort().values[int(share * len(agreement))]) - 1) / 1e6)
+    threshold = math.floor(1e6 * float(agreement.sort().values[int(share * len(agreement))]) - 1) / 1e6
+    if threshold <= 0:
+        raise OptionError(
+            f"{text} cannot abstain on {share:g} of the clean images: on more than that, base, neighbours and answer "
+            "agree on nothing at all; ask for a larger share"
+        )
+    return threshold

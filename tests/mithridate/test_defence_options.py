@@ -224,6 +224,8 @@ RIDGE_KEYS = "abstain, adversarial, anchor, balanced, gate, held_out, mix, neigh
         ("rmc:selection=3", ["unknown option of rmc 'selection'"]),
         ("rmc:balanced=yes", ["rmc: balanced='yes' is not true or false"]),
         ("rmc:balanced=True", ["balanced='True' is not true or false"]),
+        ("rmc:solver=adam,balanced=true", ["rmc: gate asks what most neighbours are", "give gate=0 or a temperature"]),
+        ("rmc:balanced=true,temperature=0,gate=0,abstain=0.1", ["rmc: abstain asks", "give abstain=0"]),
         ("rmc:balanced=true,adversarial=0.5", ["rmc: balanced and adversarial both say where"]),
         ("rmc:adversarial=half", ["rmc: adversarial='half' is not float"]),
         ("rmc:adversarial=2", ["rmc: adversarial=2.0 is out of range; allowed: 0 to 1"]),

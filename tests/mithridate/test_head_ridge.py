@@ -8,8 +8,11 @@ from head_helpers import slow_ridge
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mithridate.defenses.head_ridge import RidgeConfig, fit_at
+from mithridate.datasets import LabelledImages
+from mithridate.defenses import Budget, Resources, build_defence
+from mithridate.defenses.head_ridge import RidgeConfig, _positive, fit_at
 from mithridate.errors import OptionError
+from mithridate.types import to_images
 
 CLASSES = 3
 
@@ -156,3 +159,45 @@ def test_rows_have_nothing_to_do_with_each_other(count: int, width: int) -> None
 def test_options_out_of_range_are_refused(options: dict[str, float]) -> None:
     with pytest.raises(OptionError, match=rf"rmc: {next(iter(options))}=.* is out of range; allowed: "):
         RidgeConfig(**options)
+
+
+# Scores
+
+
+@pytest.mark.parametrize("classes", [2, 10, 1000])
+def test_rounding_negative_shares_off_leaves_a_sure_answer_sure(classes: int) -> None:
+    shares = torch.full((1, classes), 1e-3 / (classes - 1), dtype=torch.float64)
+    shares[0, 0] = 0.999
+    scores = _positive(shares).log().softmax(1)
+    assert float((scores - shares).abs().max()) < 0.01
+    assert scores.argmax() == 0
+
+
+def test_shares_far_from_anything_keep_rank_and_slope() -> None:
+    shares = torch.tensor([[-1e8, -1e6, -1.0, -1e-3, 0.0, 1e-3, 1.0, 1e6]], dtype=torch.float64, requires_grad=True)
+    rounded = _positive(shares)
+    assert (rounded.diff(dim=1) > 0).all()
+    assert (rounded > 0).all()
+    wanted = (shares.detach()[:, 3:] + (shares.detach()[:, 3:].square() + (1e-2 / 8) ** 2).sqrt()) / 2
+    torch.testing.assert_close(rounded.detach()[:, 3:], wanted, rtol=1e-9, atol=0)
+    (slope,) = torch.autograd.grad(rounded.log().sum(), shares)
+    assert torch.isfinite(slope).all()
+    assert (slope > 0).all()
+    assert torch.autograd.gradcheck(
+        _positive, (torch.linspace(-0.1, 0.1, 9, dtype=torch.float64)[None].requires_grad_(),)
+    )
+
+
+def test_between_parts_of_a_batch_the_budget_is_looked_at(
+    resources: Resources, digits_test: LabelledImages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mithridate.defenses.head_ridge._NUMBERS_AT_A_TIME", 1)  # an image a part
+    fits: list[int] = []
+    monkeypatch.setattr("mithridate.defenses.head_ridge.fit_at", lambda *parts: (fits.append(1), fit_at(*parts))[1])
+    looks = iter([False] * 4)  # before the run, and before and after an image
+    images = to_images(torch.from_numpy(digits_test.images[:6]))
+    budget = Budget(cancelled=lambda: next(looks, True))
+    answer = build_defence("rmc:held_out=0", resources).predict(images, generator=torch.Generator(), budget=budget)
+    assert len(fits) == 2
+    assert [fate.stop_reason for fate in answer.adaptations if fate] == ["converged", *["cancelled"] * 5]
+    assert torch.equal(answer.scores[2:], answer.base_scores[2:])

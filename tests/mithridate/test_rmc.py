@@ -137,7 +137,7 @@ def test_adam_equals_the_slow_loop(resources: Resources, mixed: Images, config: 
         fate = prediction.adaptations[row]
         assert fate is not None
         assert (fate.steps, fate.stop_reason) == (steps, first.reason)
-        assert fate.weights == ("base" if config.held_out and not first.kept else "adapted")
+        assert fate.weights == ("adapted" if first.kept else "base")
         torch.testing.assert_close(prediction.scores[row], tuned(query.double()).softmax(0).float(), rtol=0, atol=1e-6)
     assert len({a.steps for a in prediction.adaptations if a is not None}) > 1
 
@@ -264,18 +264,23 @@ def test_what_the_neighbours_confirm_is_served(resources: Resources, clean: Imag
 def test_an_image_that_has_no_neighbours_within_the_radius_is_answered_by_the_base(
     resources: Resources, mixed: Images, solver: str
 ) -> None:
-    defence = f"rmc:solver={solver},neighbors=30"
+    defence = f"rmc:solver={solver},neighbors=30,gate=0"
     free = predict(f"{defence},held_out=0", resources, mixed)
     nearest = torch.stack([n.distances[0].sqrt() for n in free.neighborhoods if n is not None])
     radius = float(nearest.median())
     prediction = predict(f"{defence},held_out=0,radius={radius}", resources, mixed)
     for row, fate in enumerate(prediction.adaptations):
         assert fate is not None
+        neighborhood = prediction.neighborhoods[row]
+        assert neighborhood is not None
+        assert len(neighborhood.ids) == sum(neighborhood.label_counts.values())
+        assert (neighborhood.distances.sqrt() <= radius).all()  # the others had no say
+        assert (len(neighborhood.ids) == 0) == bool(nearest[row] > radius)
         if nearest[row] > radius:
             assert (fate.steps, fate.weights, fate.held_out_loss) == (0, "base", None)
             assert torch.equal(prediction.scores[row], prediction.base_scores[row])
         else:
-            assert fate.weights == "adapted"
+            assert fate.weights == ("adapted" if fate.steps else "base")
     assert 0 < fates(prediction).count("base") < len(mixed)
 
 

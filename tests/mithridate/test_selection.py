@@ -85,7 +85,7 @@ def test_the_nearest_count_alike(classifier: Classifier, metric: Metric) -> None
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("neighbors", [2, 8, 15, 30])
+@pytest.mark.parametrize("neighbors", [4, 8, 15, 30])
 def test_balanced_takes_the_nearest_of_each_class(classifier: Classifier, metric: Metric, neighbors: int) -> None:
     """The lower classes get what cannot be divided; a class that has fewer gives what it has. They take turns, so that
     whatever is held out from the front has all of them."""
@@ -99,7 +99,7 @@ def test_balanced_takes_the_nearest_of_each_class(classifier: Classifier, metric
             mine = [(d, i) for d, i in all_sorted(resources, query) if labels[i] == label][:share]
             wanted += [(turn, d, i) for turn, (d, i) in enumerate(mine)]
         assert_selected(found, row, [(d, i) for _, d, i in sorted(wanted)])
-        told = found.neighbors
+        told = found.by_distance()
         assert told.ids[row].tolist() == [i for _, i in sorted((d, i) for _, d, i in wanted)]  # nearest first
         assert told.distances[row].diff().min() >= 0
     torch.testing.assert_close(found.weights.sum(1), torch.ones(7, dtype=torch.float64))
@@ -242,6 +242,13 @@ def test_held_out_weights_keep_their_gradient(classifier: Classifier) -> None:
     split, held = selector.select(asked).hold_out(0.2)
     (gradient,) = torch.autograd.grad(split.weights[:, :held].sum(), asked)
     assert gradient.any()
+
+
+def test_fewer_neighbours_than_classes_cannot_be_balanced(classifier: Classifier) -> None:
+    with pytest.raises(
+        OptionError, match=r"^rmc: neighbors=3 are too few to be balanced over 4 classes; allowed: 4 and"
+    ):
+        select(make(classifier), neighbors=3, balanced=True)
 
 
 def test_a_radius_in_what_is_no_distance_is_refused(classifier: Classifier) -> None:
