@@ -26,6 +26,7 @@ def _two_threads() -> None:
     threads = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
     torch.set_num_threads(threads)
     set_search_threads(threads)
+    os.environ["TEST_THREADS"] = str(threads)  # for processes that the tests start
 
 
 @pytest.fixture(scope="session")

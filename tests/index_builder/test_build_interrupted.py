@@ -96,8 +96,9 @@ def die_in_the_middle_of_a_file(working, number):
     die()
 
 def attempt(out, kind, value):
-    torch.set_num_threads(2)
-    set_search_threads(2)
+    threads = int(os.environ["TEST_THREADS"])  # as many as the tests themselves: other numbers round differently
+    torch.set_num_threads(threads)
+    set_search_threads(threads)
     calls = [0]
     def progress(phase, done, total):
         calls[0] += 1

@@ -92,7 +92,7 @@ ADAM = {
     "patience": st.integers(1, 10_000),
     "refit": st.booleans(),
 }
-SOURCES = [{}, {"balanced": True}, {"adversarial": 0.3}, {"adversarial": None}]
+SOURCES = [{}, {"balanced": True, "temperature": 0.5, "neighbors": 40}, {"adversarial": 0.3}, {"adversarial": None}]
 
 
 @settings(max_examples=40, deadline=None)
@@ -112,11 +112,11 @@ def test_every_setting_survives_being_written_down(
 def test_a_name_says_only_what_is_unusual(resources: Resources) -> None:
     names = {
         "rmc": "rmc",
-        " rmc:scope=head,solver=ridge,neighbors=256,temperature=0.5 ": "rmc",
+        " rmc:scope=head,solver=ridge,neighbors=256,temperature=0.25,gate=0.05 ": "rmc",
         "rmc:temperature=0": "rmc:temperature=0.0",
         "rmc:gate=0.5,neighbors=32": "rmc:neighbors=32,gate=0.5",
         "rmc:solver=adam,refit=true": "rmc:solver=adam",
-        "rmc:balanced=true,solver=adam": "rmc:solver=adam,balanced=true",
+        "rmc:balanced=true,solver=adam,gate=0": "rmc:solver=adam,balanced=true,gate=0.0",
         "rmc:scope=all": "rmc:scope=all",
     }
     assert {text: build_defence(text, resources).name for text in names} == names

@@ -188,7 +188,7 @@ def test_the_surrogate_is_differentiable_and_agrees_with_the_answer(
     scores = ask(defence, images).scores
     best = scores.topk(2, dim=1).values
     clear = best[:, 0] - best[:, 1] > 1e-2  # of two classes with equal votes it may name the other
-    assert clear.float().mean() > 0.9
+    assert clear.float().mean() >= 0.8
     assert torch.equal(logits.argmax(1)[clear], scores.argmax(1)[clear])
     assert all(parameter.grad is None for parameter in resources.classifier.parameters())
 

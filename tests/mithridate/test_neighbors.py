@@ -375,7 +375,7 @@ def test_memory_is_bounded_for_wide_embeddings(backend: Backend) -> None:
     before = peak_megabytes()
     found = index.search(queries, 256)
     index.distances(queries.requires_grad_(), found.ids).sum().backward()
-    assert peak_megabytes() - before < 110
+    assert peak_megabytes() - before < 130
 
 
 @pytest.mark.parametrize("factory", ["nonsense", "", "IVF4", "PQ7", "Flat,,", "IVF5000,Flat"])

@@ -220,7 +220,7 @@ def test_a_deadline_on_the_way_ends_with_what_there_is(resources: Resources, que
 
 
 def test_held_out_neighbours_never_fare_worse(resources: Resources, query: Query) -> None:
-    config = AllConfig(epochs=4, batch_size=8, learning_rate=0.3)
+    config = AllConfig(epochs=4, batch_size=8, learning_rate=3.0)
     with torch.no_grad():
         adapted = AllAdapter(resources=resources, config=config).adapt(query)
     assert "base" in {fate.weights for fate in adapted.adaptations}
