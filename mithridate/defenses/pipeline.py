@@ -22,19 +22,21 @@ from mithridate.defenses.rmc_all import AllAdapter, AllConfig
 from mithridate.defenses.rmc_config import RMCConfig
 from mithridate.defenses.rmc_head import AdamHead
 from mithridate.defenses.rmc_tail import TailAdapter, TailConfig
+from mithridate.defenses.sap import SAP, SAPConfig
 from mithridate.defenses.selection import SelectionConfig
 from mithridate.errors import OptionError
 
 DEFAULT_DEFENCES = ("none", "rmc", "webnn", "deepnn")
 """What a service offers unless told otherwise. Not ``rmc:scope=all``: one request of it keeps all others waiting."""
 
-NAMES = ("none", "rmc", "webnn", "deepnn", "knn-oat")
+NAMES = ("none", "rmc", "sap", "webnn", "deepnn", "knn-oat")
 
 DESCRIPTIONS = {
     "none": "the base model as it is",
     "rmc": "per image, the last layer is fitted to its nearest clean and adversarial exemplars",
     "rmc:scope=tail": "per image, the last layers are fine-tuned on the exemplars' stored activations",
     "rmc:scope=all": "per image, all weights are fine-tuned (the published procedure, reset each time): slow",
+    "sap": "100 passes are averaged, in each a random part of all activations is dropped: 100 times the cost",
     "webnn": "what the nearest exemplars are, clean and adversarial, averaged",
     "deepnn": "what the nearest clean exemplars are, averaged",
     "knn-oat": "per image, all weights are trained on freshly attacked clean neighbours: a control, offline only",
@@ -110,6 +112,9 @@ def parse_defence(text: str) -> Maker:
         case "webnn" | "deepnn":
             kind, vote = name, fill(NeighborVoteConfig(), options, of=name)
             return lambda resources: NeighborVote(resources=resources, kind=kind, config=vote)
+        case "sap":
+            sap = fill(SAPConfig(), options, of=name)
+            return lambda resources: SAP(resources=resources, config=sap)
         case "knn-oat":
             oat = fill(KNNOATConfig(), options, of=name)
             return lambda resources: KNNOAT(resources=resources, config=oat)
@@ -207,6 +212,8 @@ def defence_name(text: str, resources: Resources) -> str:
     parse_defence(text)
     if name in ("webnn", "deepnn"):
         return canonical(name, fill(NeighborVoteConfig(), options, of=name), NeighborVoteConfig())
+    if name == "sap":
+        return canonical(name, fill(SAPConfig(), options, of=name), SAPConfig())
     return name if name == "none" else canonical(name, fill(KNNOATConfig(), options, of=name), KNNOATConfig())
 
 

@@ -7,7 +7,7 @@ draw independently, and an image draws the same alone, in a batch and beside oth
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -22,12 +22,18 @@ def row_seeds(seeds: Sequence[int], images: Images) -> tuple[int, ...]:
     return tuple(_mix(seed, row.tobytes()) for seed, row in zip(seeds, rows, strict=True))
 
 
-def row_generators(seeds: Sequence[int], images: Images) -> list[torch.Generator]:
-    """The same as CPU generators, one a row."""
-    return [torch.Generator().manual_seed(seed) for seed in row_seeds(seeds, images)]
+def pass_generators(seeds: Sequence[int], images: Images, passes: Iterable[int]) -> list[torch.Generator]:
+    """CPU generators for ``passes`` of every image, those of an image side by side: what a pass draws depends on its
+    number alone, not on which others are run with it.
+    """
+    numbers = list(passes)
+    rows = row_seeds(seeds, images)
+    return [
+        torch.Generator().manual_seed(_mix(row, number.to_bytes(8, "little"))) for row in rows for number in numbers
+    ]
 
 
-def _mix(seed: int, pixels: bytes) -> int:
+def _mix(seed: int, rest: bytes) -> int:
     key = seed.to_bytes(16, "little", signed=True)
-    digest = hashlib.blake2b(pixels, digest_size=8, key=key).digest()
+    digest = hashlib.blake2b(rest, digest_size=8, key=key).digest()
     return int.from_bytes(digest, "little") >> (64 - _BITS)

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Self
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from mithridate.errors import ModelError
 from mithridate.models.registry import build_network
@@ -115,6 +115,16 @@ class Classifier(nn.Module):
         return self._tail[0] is not None
 
     @property
+    def traced_trunk(self) -> fx.GraphModule:
+        """Normalised images to embedding, head input and, where there is a tail, the activation at its beginning, as a
+        graph; its weights are the network's own. Raises ModelError where the network could not be traced.
+        """
+        trunk = self._trunk[0]
+        if not isinstance(trunk, fx.GraphModule):
+            raise ModelError(f"{self.spec.arch} cannot be traced, so nothing can be changed between its layers")
+        return trunk
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.mean.device
@@ -150,10 +160,10 @@ class Classifier(nn.Module):
         if images.device.type == "cpu" and 0 < padding < _CANONICAL_BATCH_LIMIT and count:
             images = torch.cat([images, images[:1].expand(padding, -1, -1, -1)])
         embedding, head_input, *rest = self._trunk[0](self.normalise(images))
-        pooled = _pool(embedding)[:count]
+        flat = pooled(embedding)[:count]
         return Trace(
-            embedding=pooled,
-            head_input=pooled if head_input is embedding else _pool(head_input)[:count],
+            embedding=flat,
+            head_input=flat if head_input is embedding else pooled(head_input)[:count],
             activation=rest[0][:count] if rest else None,
         )
 
@@ -181,7 +191,8 @@ class Classifier(nn.Module):
         return copy.deepcopy(self.tail).requires_grad_(True)
 
 
-def _pool(activations: torch.Tensor) -> torch.Tensor:
+def pooled(activations: torch.Tensor) -> torch.Tensor:
+    """``[N, ...]`` to ``[N, D]``: maps and token sequences are averaged over their positions."""
     if activations.ndim == 4:  # [N, C, H, W]
         return activations.mean((2, 3))
     if activations.ndim == 3:  # [N, tokens, D]

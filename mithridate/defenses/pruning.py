@@ -1,0 +1,86 @@
+"""Stochastic activation pruning of one layer: which activations stay, and how much those then count.
+
+Dhillon et al. 2018 (ICLR), as their own code and the erratum (arXiv 2010.00071) have it: of a layer's ``M`` activations
+``r`` are drawn with replacement, activation j with probability p_j = |h_j| / sum |h|; what was drawn at least once
+stays and is divided by the probability of that, q_j = 1 - (1 - p_j)^r, so that the layer's mean does not change. Kept
+apart from networks and defences so that it can be checked against a loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+
+Sampling = Literal["multinomial", "binomial"]
+"""``multinomial``: as published. ``binomial``: every activation for itself, with probability q_j: the same means and
+variances, without the slight negative correlation, several times faster.
+"""
+
+_NUMBERS_AT_A_TIME = 2_000_000
+"""Draws sorted and counted at a time: 16 MB, in a few copies."""
+
+
+def prune(
+    activations: torch.Tensor, *, fraction: float, sampling: Sampling, generators: Sequence[torch.Generator]
+) -> torch.Tensor:
+    """``[B, ...]`` to the same: each row, as one flat vector of ``M``, pruned with ``round(fraction * M)`` draws.
+
+    Row i draws from ``generators[i]`` (on the CPU) alone. Mask and scale are constants of the backward pass, as in the
+    authors' operator. A row that is 0 throughout, or not finite, comes back as it is. Half precision is computed in
+    float32.
+    """
+    flat = activations.flatten(1)
+    with torch.no_grad():
+        wide = flat if flat.dtype in (torch.float32, torch.float64) else flat.float()
+        draws = max(1, round(fraction * flat.shape[1]))
+        scale = _scale(wide, draws, sampling, generators).to(flat.dtype)
+    return (flat * scale).view_as(activations)
+
+
+def keep_probabilities(shares: torch.Tensor, draws: int) -> torch.Tensor:
+    """1 - (1 - p)^r without cancellation: p = 1e-8 and r = 163,840 give 1.6e-3, where float32 would have 0."""
+    return -torch.expm1(draws * torch.log1p(-shares))
+
+
+def _scale(rows: torch.Tensor, draws: int, sampling: Sampling, generators: Sequence[torch.Generator]) -> torch.Tensor:
+    """``[B, M]``: 1 / q where the activation stays, else 0."""
+    sizes = rows.abs()
+    totals = sizes.sum(1, keepdim=True)
+    usable = totals.isfinite() & (totals > 0)
+    shares = torch.where(usable, sizes / torch.where(usable, totals, 1), 0)
+    keep = keep_probabilities(shares, draws)
+    if sampling == "binomial":
+        stays = torch.empty_like(keep, device="cpu")
+        for row, generator in zip(stays, generators, strict=True):
+            row.uniform_(generator=generator)
+        drawn = stays.to(keep.device) < keep
+    else:
+        step = max(1, _NUMBERS_AT_A_TIME // max(draws, rows.shape[1]))
+        parts = zip(shares.split(step), _split(generators, step), strict=True)
+        drawn = torch.cat([_drawn(part, draws, some) for part, some in parts])
+    # Where nothing can be drawn the scale is 1, and 0 or not a number stays what it is.
+    scale = torch.where(drawn, 1 / keep.clamp_min(torch.finfo(keep.dtype).tiny), 0)
+    return torch.where(usable, scale, 1)
+
+
+def _drawn(shares: torch.Tensor, draws: int, generators: Sequence[torch.Generator]) -> torch.Tensor:
+    """bool ``[B, M]``: what ``draws`` draws with replacement hit at least once.
+
+    Sorted uniform numbers are the partial sums of exponential ones (Renyi 1953), so nothing is sorted and no index is
+    kept: an activation is hit where a number lies between the cumulated shares on its either side.
+    """
+    gaps = torch.empty(len(shares), draws + 1, dtype=torch.float64)
+    for row, generator in zip(gaps, generators, strict=True):
+        row.exponential_(generator=generator)
+    points = gaps.to(shares.device).cumsum(1)
+    points /= points[:, -1:].clone()
+    edges = shares.double().cumsum(1)
+    edges /= edges[:, -1:].clone().clamp_min(1e-300)  # all 0 where there are no shares
+    below = torch.searchsorted(points[:, :-1].contiguous(), edges, right=True)
+    return below.diff(dim=1, prepend=below.new_zeros(len(below), 1)) > 0
+
+
+def _split(generators: Sequence[torch.Generator], step: int) -> list[Sequence[torch.Generator]]:
+    return [generators[start : start + step] for start in range(0, max(1, len(generators)), step)]
