@@ -22,7 +22,7 @@ from mithridate.defenses.rmc_all import AllAdapter, AllConfig
 from mithridate.defenses.rmc_config import RMCConfig
 from mithridate.defenses.rmc_head import AdamHead
 from mithridate.defenses.rmc_tail import TailAdapter, TailConfig
-from mithridate.defenses.sap import SAP, SAPConfig
+from mithridate.defenses.sap import SAPConfig, make_sap
 from mithridate.defenses.selection import SelectionConfig
 from mithridate.errors import OptionError
 
@@ -114,7 +114,7 @@ def parse_defence(text: str) -> Maker:
             return lambda resources: NeighborVote(resources=resources, kind=kind, config=vote)
         case "sap":
             sap = fill(SAPConfig(), options, of=name)
-            return lambda resources: SAP(resources=resources, config=sap)
+            return lambda resources: make_sap(resources, sap)
         case "knn-oat":
             oat = fill(KNNOATConfig(), options, of=name)
             return lambda resources: KNNOAT(resources=resources, config=oat)

@@ -10,9 +10,11 @@ from torch.nn import functional as F
 
 from mithridate.datasets import LabelledImages
 from mithridate.defenses import Budget, Request, Resources, build_defence, defence_name
+from mithridate.defenses.pruned_network import ChangedTrunk
 from mithridate.defenses.pruning import prune
 from mithridate.defenses.randomness import pass_generators
-from mithridate.defenses.sap import SAP
+from mithridate.defenses.sampled import Sampled
+from mithridate.defenses.sap import Pruner
 from mithridate.errors import BudgetExceededError, ModelError, OptionError
 from mithridate.types import Images, to_images
 
@@ -22,13 +24,18 @@ def images(digits_test: LabelledImages) -> Images:
     return to_images(torch.from_numpy(digits_test.images[:6]))
 
 
-def build(options: str, resources: Resources) -> SAP:
+def build(options: str, resources: Resources) -> Sampled:
     defence = build_defence(f"sap:{options}" if options else "sap", resources)
-    assert isinstance(defence, SAP)
+    assert isinstance(defence, Sampled)
     return defence
 
 
-def ask(defence: SAP, images: Images, seed: int = 3, budget: Budget | None = None) -> torch.Tensor:
+def trunk(defence: Sampled) -> ChangedTrunk:
+    assert isinstance(defence.sampler, Pruner)
+    return defence.sampler.trunk
+
+
+def ask(defence: Sampled, images: Images, seed: int = 3, budget: Budget | None = None) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return defence.predict(images, generator=generator, budget=budget or Budget()).scores
 
@@ -61,7 +68,7 @@ def test_an_answer_is_the_same_alone_in_a_batch_and_in_pieces(
     together = ask(defence, images)
     for row in range(6):
         torch.testing.assert_close(ask(defence, images[row : row + 1])[0], together[row], rtol=0, atol=1e-5)
-    monkeypatch.setattr("mithridate.defenses.sap._BYTES_AT_A_TIME", 64 * 5 * max(defence._trunk.sizes))
+    monkeypatch.setattr("mithridate.defenses.sampled._BYTES_AT_A_TIME", 64 * 5 * max(trunk(defence).sizes))
     assert defence._rows_at_a_time() == 5
     torch.testing.assert_close(ask(defence, images), together, rtol=0, atol=1e-5)
     assert torch.equal(ask(defence, images), ask(defence, images))
@@ -94,12 +101,12 @@ def test_scores_are_means_of_softmax_and_the_base_is_told(resources: Resources, 
 def test_a_large_fraction_prunes_nothing_and_a_layer_can_be_chosen(resources: Resources, images: Images) -> None:
     base = resources.classifier(images).softmax(1)
     torch.testing.assert_close(ask(build("passes=1,fraction=1000", resources), images), base, rtol=0, atol=0.02)
-    names = build("", resources)._trunk.names
+    names = trunk(build("", resources)).names
     last = ask(build(f"passes=1,layers={names[-1]}", resources), images)
     assert not torch.allclose(last, base, atol=1e-3)
     assert not torch.allclose(last, ask(build("passes=1", resources), images), atol=1e-3)
     both = build(f"layers={names[0]}+{names[1]}", resources)
-    assert both._trunk.names == names[:2]
+    assert trunk(both).names == names[:2]
 
 
 def test_a_budget_that_ends_between_two_runs_ends_it(resources: Resources, images: Images) -> None:
@@ -131,15 +138,21 @@ def test_the_surrogate_is_pruned_forward_and_differentiable(
 
 
 def test_the_vanilla_gradient_is_the_unpruned_networks(resources: Resources, images: Images) -> None:
-    defence = build("backward=vanilla,attack_passes=2", resources)
-    gradients: list[torch.Tensor] = []
-    for logits in (
-        lambda x: defence.surrogate(x, generator=torch.Generator().manual_seed(3), budget=Budget()),
-        lambda x: resources.classifier(x).log_softmax(1),
-    ):
-        point = images.clone().requires_grad_()
-        gradients.append(torch.autograd.grad(logits(point)[:, 1].sum(), point)[0])  # type: ignore[no-untyped-call]
-    torch.testing.assert_close(gradients[0].float(), gradients[1], rtol=1e-3, atol=1e-5)
+    """The loss is taken where the pruned passes are, its slope goes back through the unpruned network (BPDA)."""
+    defence, classifier = build("backward=vanilla,attack_passes=2", resources), resources.classifier
+    point = images.clone().requires_grad_()
+    logits = defence.surrogate(point, generator=torch.Generator().manual_seed(3), budget=Budget())
+    (gradient,) = torch.autograd.grad(logits[:, 1].sum(), point)
+
+    seed = int(torch.randint(2**62, (), generator=torch.Generator().manual_seed(3)))
+    generators = pass_generators([seed] * 6, images, range(2))
+    with torch.no_grad():
+        answered = defence.sampler.begin(images)(generators, 2)
+    leaf = answered.double().requires_grad_()
+    (slope,) = torch.autograd.grad(leaf.log_softmax(1).view(6, 2, 10).logsumexp(1)[:, 1].sum(), leaf)
+    again = images.clone().requires_grad_()
+    (wanted,) = torch.autograd.grad(classifier(again), again, slope.view(6, 2, 10).sum(1).float())
+    torch.testing.assert_close(gradient, wanted, rtol=1e-3, atol=1e-5)
 
 
 def test_every_call_draws_anew(resources: Resources, images: Images) -> None:

@@ -1,0 +1,139 @@
+"""Defences that answer with many random passes: SAP, random resizing, pixel deflection, the vote of a region.
+
+What a pass is belongs to each of them; that every pass draws for itself, that memory is bounded, and that a budget is
+looked at between runs, is written here once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+
+from mithridate.defenses.base import (
+    Batch,
+    Budget,
+    Outcome,
+    PhaseClock,
+    Prediction,
+    Request,
+    Resources,
+    answer_one,
+    gather,
+)
+from mithridate.defenses.none import base_pass
+from mithridate.defenses.randomness import pass_generators
+from mithridate.errors import BudgetExceededError
+from mithridate.types import Images, Logits, Scores
+
+_BYTES_AT_A_TIME = 256 * 2**20
+"""What one run of several passes may take, roughly."""
+
+_IMAGES_AT_A_TIME = 64
+
+Run = Callable[[Sequence[torch.Generator], int], Logits]
+"""``run(generators, copies) -> logits [N * copies, C]``, the copies of an image side by side; row i draws from
+``generators[i]`` alone.
+"""
+
+
+class Sampler(Protocol):
+    """One way to make a pass random."""
+
+    @property
+    def bytes_a_row(self) -> int:
+        """What one pass of one image takes, roughly."""
+        ...
+
+    def begin(self, images: Images) -> Run:
+        """For ``[N, C, H, W]``; what all passes share is done once."""
+        ...
+
+    def begin_attack(self, images: Images) -> Run:
+        """The same values, differentiable in ``images`` along the path that suits an attacker best."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampled:
+    """Answers with the mean of ``passes`` (softmax, or one vote each); attackers are given ``attack_passes`` of them,
+    with fresh draws at every call."""
+
+    name: str
+    resources: Resources
+    sampler: Sampler
+    passes: int
+    attack_passes: int
+    reduce: Literal["softmax", "vote"] = "softmax"
+
+    @property
+    def batches(self) -> bool:
+        """One image's passes fill a batch by themselves."""
+        return self.passes == 1
+
+    def predict(self, images: Images, *, generator: torch.Generator, budget: Budget) -> Prediction:
+        return answer_one(self.predict_together, images, generator, budget)
+
+    @torch.no_grad()
+    def predict_together(self, requests: Sequence[Request]) -> list[Outcome]:
+        """One after the other. Looks at the budget between runs."""
+        outcomes: list[Outcome] = []
+        for request in requests:
+            try:
+                request.budget.check()
+                outcomes.append(self._answer(gather([request], self.resources.classifier.device)))
+            except BudgetExceededError as error:
+                outcomes.append(error)
+        return outcomes
+
+    def _answer(self, batch: Batch) -> Prediction:
+        classifier = self.resources.classifier
+        clock = PhaseClock(classifier.device)
+        with clock.phase("embed"):
+            base = base_pass(classifier, batch.images).logits.softmax(1).float().cpu()
+        with clock.phase("average"):
+            scores = self.mean_scores(batch).float().cpu()
+        nothing = (None,) * len(batch.images)
+        return Prediction(
+            scores=scores, base_scores=base, adaptations=nothing, neighborhoods=nothing, seconds=clock.seconds
+        )
+
+    def mean_scores(self, batch: Batch) -> Scores:
+        """float64 ``[N, C]``. Raises BudgetExceededError where a budget ends."""
+        count = max(1, min(_IMAGES_AT_A_TIME, self._rows_at_a_time()))
+        budgets = list({id(budget): budget for budget in batch.budgets}.values())
+        parts = [
+            self._mean(batch.images[start : start + count], batch.seeds[start : start + count], budgets)
+            for start in range(0, len(batch.images), count)
+        ]
+        return torch.cat(parts)
+
+    def _mean(self, images: Images, seeds: Sequence[int], budgets: Sequence[Budget]) -> Scores:
+        run, done, total = self.sampler.begin(images), 0, torch.zeros(())
+        while done < self.passes:
+            for budget in budgets:
+                budget.check()
+            copies = min(max(1, self._rows_at_a_time() // len(images)), self.passes - done)
+            logits = run(pass_generators(seeds, images, range(done, done + copies)), copies)
+            total = total.to(logits.device) + self._opinions(logits).view(len(images), copies, -1).sum(1)
+            done += copies
+        return total / self.passes
+
+    def _opinions(self, logits: Logits) -> Scores:
+        if self.reduce == "softmax":
+            return logits.double().softmax(1)
+        return torch.nn.functional.one_hot(logits.argmax(1), logits.shape[1]).double()
+
+    def surrogate(self, images: Images, *, generator: torch.Generator, budget: Budget) -> Logits:
+        """log of the mean softmax of ``attack_passes``: a vote has no slope, and the mean leads where it will go."""
+        budget.check()
+        seed = int(torch.randint(2**62, (), generator=generator))
+        generators = pass_generators([seed] * len(images), images, range(self.attack_passes))
+        logits = self.sampler.begin_attack(images)(generators, self.attack_passes)
+        each = logits.double().log_softmax(1).view(len(images), self.attack_passes, -1)
+        return each.logsumexp(1)
+
+    def _rows_at_a_time(self) -> int:
+        return max(1, _BYTES_AT_A_TIME // self.sampler.bytes_a_row)
