@@ -16,7 +16,10 @@ from mithridate.defenses.knn_oat import KNNOAT, KNNOATConfig
 from mithridate.defenses.neighbor_vote import NeighborVote, NeighborVoteConfig
 from mithridate.defenses.none import NoDefence
 from mithridate.defenses.options import canonical, fill, flatten, split_text, unknown
+from mithridate.defenses.pixel_deflection import PixelDeflectionConfig, make_pixel_deflection
 from mithridate.defenses.presets import preset_options
+from mithridate.defenses.randomization import RandomizationConfig, make_randomization
+from mithridate.defenses.region import RegionConfig, make_region
 from mithridate.defenses.rmc import RMC
 from mithridate.defenses.rmc_all import AllAdapter, AllConfig
 from mithridate.defenses.rmc_config import RMCConfig
@@ -29,14 +32,15 @@ from mithridate.errors import OptionError
 DEFAULT_DEFENCES = ("none", "rmc", "webnn", "deepnn")
 """What a service offers unless told otherwise. Not ``rmc:scope=all``: one request of it keeps all others waiting."""
 
-NAMES = ("none", "rmc", "sap", "webnn", "deepnn", "knn-oat")
-
 DESCRIPTIONS = {
     "none": "the base model as it is",
     "rmc": "per image, the last layer is fitted to its nearest clean and adversarial exemplars",
     "rmc:scope=tail": "per image, the last layers are fine-tuned on the exemplars' stored activations",
     "rmc:scope=all": "per image, all weights are fine-tuned (the published procedure, reset each time): slow",
     "sap": "100 passes are averaged, in each a random part of all activations is dropped: 100 times the cost",
+    "randomization": "the image at a random size, somewhere on a larger canvas",
+    "region": "the majority vote of 1,000 points around the image: 1,000 times the cost",
+    "pixel-deflection": "some pixels are replaced by others nearby, then wavelets take the noise away",
     "webnn": "what the nearest exemplars are, clean and adversarial, averaged",
     "deepnn": "what the nearest clean exemplars are, averaged",
     "knn-oat": "per image, all weights are trained on freshly attacked clean neighbours: a control, offline only",
@@ -98,30 +102,50 @@ _SCOPES = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Other:
+    """A defence whose options do not depend on anything: the default ones, and how it is made."""
+
+    config: Any
+    make: Callable[[Resources, Any], Defence]
+
+
+_OTHERS: Mapping[str, _Other] = {
+    "sap": _Other(config=SAPConfig(), make=make_sap),
+    "randomization": _Other(config=RandomizationConfig(), make=make_randomization),
+    "region": _Other(config=RegionConfig(), make=make_region),
+    "pixel-deflection": _Other(config=PixelDeflectionConfig(), make=make_pixel_deflection),
+    "webnn": _Other(
+        config=NeighborVoteConfig(),
+        make=lambda resources, config: NeighborVote(resources=resources, kind="webnn", config=config),
+    ),
+    "deepnn": _Other(
+        config=NeighborVoteConfig(),
+        make=lambda resources, config: NeighborVote(resources=resources, kind="deepnn", config=config),
+    ),
+    "knn-oat": _Other(config=KNNOATConfig(), make=lambda resources, config: KNNOAT(resources=resources, config=config)),
+}
+
+NAMES = ("none", "rmc", *_OTHERS)
+
+
 def parse_defence(text: str) -> Maker:
-    """``none``, ``rmc[:scope=head|tail|all,preset=NAME,...]``, ``webnn[:...]``, ``deepnn[:...]``, ``knn-oat[:...]``.
+    """``none``, ``rmc[:scope=head|tail|all,preset=NAME,...]``, or another of ``NAMES`` with its options.
 
     Gives what makes the defence out of a bundle's resources. Raises OptionError for unknown names and options.
     """
     name, options = split_text(text)
-    match name:
-        case "none":
-            if options:
-                raise OptionError(f"none takes no options; seen: {text!r}")
-            return lambda resources: NoDefence(resources=resources)
-        case "webnn" | "deepnn":
-            kind, vote = name, fill(NeighborVoteConfig(), options, of=name)
-            return lambda resources: NeighborVote(resources=resources, kind=kind, config=vote)
-        case "sap":
-            sap = fill(SAPConfig(), options, of=name)
-            return lambda resources: make_sap(resources, sap)
-        case "knn-oat":
-            oat = fill(KNNOATConfig(), options, of=name)
-            return lambda resources: KNNOAT(resources=resources, config=oat)
-        case "rmc":
-            return _parse_rmc(options)
-        case _:
-            raise OptionError(unknown("defence", name, NAMES))
+    if name == "rmc":
+        return _parse_rmc(options)
+    if name == "none":
+        if options:
+            raise OptionError(f"none takes no options; seen: {text!r}")
+        return lambda resources: NoDefence(resources=resources)
+    if name not in _OTHERS:
+        raise OptionError(unknown("defence", name, NAMES))
+    other = _OTHERS[name]
+    config = fill(other.config, options, of=name)
+    return lambda resources: other.make(resources, config)
 
 
 def _parse_rmc(options: dict[str, str]) -> Maker:
@@ -210,11 +234,10 @@ def defence_name(text: str, resources: Resources) -> str:
         full = _rmc_options(options)
         return _rmc_name(*_read_rmc(_tuned(resources, options) if full is None else full), resources)
     parse_defence(text)
-    if name in ("webnn", "deepnn"):
-        return canonical(name, fill(NeighborVoteConfig(), options, of=name), NeighborVoteConfig())
-    if name == "sap":
-        return canonical(name, fill(SAPConfig(), options, of=name), SAPConfig())
-    return name if name == "none" else canonical(name, fill(KNNOATConfig(), options, of=name), KNNOATConfig())
+    if name not in _OTHERS:
+        return name
+    config = _OTHERS[name].config
+    return canonical(name, fill(config, options, of=name), config)
 
 
 def describe_defence(defence: Defence) -> str:
