@@ -266,7 +266,10 @@ def _add_descriptions(app: FastAPI, service: Service) -> None:
     async def defenses() -> DefensesResponse:
         """Which defences a request may name."""
         loaded = service.require_loaded()
-        listed = [DefenseInfo(name=name, description=text) for name, text in loaded.descriptions.items()]
+        listed = [
+            DefenseInfo(name=name, description=text, cost=loaded.costs[name])
+            for name, text in loaded.descriptions.items()
+        ]
         return DefensesResponse(default=loaded.default, defenses=listed)
 
 

@@ -17,15 +17,22 @@ from service.settings import Settings
 
 logger = logging.getLogger("mithridate.service")
 
+_REPEATS, _SECONDS = 9, 0.5
+"""So often a warm defence is timed at the most, and so long."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """A verified bundle and its defences, by canonical name; ``default`` is one of them."""
+    """A verified bundle and its defences, by canonical name; ``default`` is one of them.
+
+    ``costs``: what an image takes, relative to the undefended model, None where that was not measured.
+    """
 
     bundle: Bundle
     resources: Resources
     defences: dict[str, Defence]
     descriptions: dict[str, str]
+    costs: dict[str, float | None]
     default: str
 
     def defence(self, text: str | None) -> Defence:
@@ -49,24 +56,43 @@ def load(settings: Settings) -> Loaded:
         if getattr(defence, "offline", False):
             raise OptionError(f"{text} is for offline comparison only and cannot be served; leave it out of --offer")
     defences = {defence.name: defence for defence in made.values()}
-    loaded = Loaded(
+    return Loaded(
         bundle=bundle,
         resources=resources,
         defences=defences,
         descriptions={name: describe_defence(defence) for name, defence in defences.items()},
+        costs=_warm(resources, defences),
         default=made[settings.defense].name,
     )
-    _warm(loaded)
-    return loaded
 
 
-def _warm(loaded: Loaded) -> None:
-    """One answer from every defence, on an exemplar; a single step where the whole network is fine-tuned."""
-    images = to_images(torch.from_numpy(loaded.resources.exemplars.pixels(torch.tensor([0])).numpy()))
-    for defence in loaded.defences.values():
+def _warm(resources: Resources, defences: dict[str, Defence]) -> dict[str, float | None]:
+    """One answer from every defence, on an exemplar; a single step where the whole network is fine-tuned. Then what a
+    warm one costs relative to the undefended model: none that is fine-tuned, whose single step says nothing.
+    """
+    images = to_images(torch.from_numpy(resources.exemplars.pixels(torch.tensor([0])).numpy()))
+
+    def seconds(defence: Defence) -> float:
+        budget = Budget(max_steps=1) if _fine_tunes(defence) else Budget()
         started = time.perf_counter()
-        defence.predict(images, generator=torch.Generator().manual_seed(0), budget=Budget(max_steps=1))
-        logger.info("warmed %s in %.0f ms", defence.name, 1000 * (time.perf_counter() - started))
+        defence.predict(images, generator=torch.Generator().manual_seed(0), budget=budget)
+        return time.perf_counter() - started
+
+    base = build_defence("none", resources)
+    seconds(base)
+    costs: dict[str, float | None] = {}
+    for name, defence in defences.items():
+        first = seconds(defence)
+        logger.info("warmed %s in %.0f ms", name, 1000 * first)
+        repeats = min(_REPEATS, int(_SECONDS / first))
+        pairs = [(seconds(defence), seconds(base)) for _ in range(repeats)] or [(first, seconds(base))]
+        mine, plain = (sorted(column)[len(pairs) // 2] for column in zip(*pairs, strict=True))
+        costs[name] = None if _fine_tunes(defence) else mine / plain
+    return costs
+
+
+def _fine_tunes(defence: Defence) -> bool:
+    return "scope=" in defence.name
 
 
 def _without_head(settings: Settings) -> tuple[str, ...]:

@@ -115,6 +115,10 @@ class PredictResponse(BaseModel):
 class DefenseInfo(BaseModel):
     name: str
     description: str
+    cost: float | None = Field(
+        description="What an image takes, relative to the undefended model, as measured when the service started; null "
+        "where fine-tuning takes as many steps as it needs"
+    )
 
 
 class DefensesResponse(BaseModel):

@@ -93,7 +93,7 @@ class Sampled:
         clock = PhaseClock(classifier.device)
         with clock.phase("embed"):
             base = base_pass(classifier, batch.images).logits.softmax(1).float().cpu()
-        with clock.phase("average"):
+        with clock.phase("predict"):
             scores = self.mean_scores(batch).float().cpu()
         nothing = (None,) * len(batch.images)
         return Prediction(

@@ -92,7 +92,7 @@ def test_scores_are_means_of_softmax_and_the_base_is_told(resources: Resources, 
     )
     torch.testing.assert_close(prediction.scores.sum(1), torch.ones(6))
     torch.testing.assert_close(prediction.base_scores, resources.classifier(images).softmax(1), rtol=0, atol=1e-6)
-    assert set(prediction.seconds) == {"embed", "average"}
+    assert set(prediction.seconds) == {"embed", "predict"}
     many, few = (ask(build(f"passes={passes}", resources), images) for passes in (400, 1))
     longer = ask(build("passes=400", resources), images, seed=9)
     assert (many - longer).abs().max() < 0.1 < (few - many).abs().max()  # 400 passes: an error of at most 0.025

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from service_helpers import SLOW, Serving, post, post_json, predictions
 from starlette.testclient import TestClient
@@ -133,6 +134,30 @@ def test_defences(serving: Serving, clean: list[bytes]) -> None:
         assert post(client, clean[0]).json()["defense"] == "webnn:neighbors=16"
         for entry in described["defenses"]:
             assert post(client, clean[0], defense=entry["name"]).json()["defense"] == entry["name"]
+
+
+def test_random_defences_are_served_with_what_they_cost(serving: Serving, clean: list[bytes]) -> None:
+    random = ["sap:passes=40", "region:passes=60", "randomization:fill=0.0", "pixel-deflection:sigma=0.01"]
+    with serving(offer=["none", "rmc:scope=all,epochs=1,neighbors=16", *random]) as client:
+        entries = client.get("/v1/defenses").json()["defenses"]
+        costs = {entry["name"]: entry["cost"] for entry in entries}
+        assert set(random) <= set(costs)
+        assert [name for name, cost in costs.items() if cost is None] == [n for n in costs if "scope=all" in n]
+        assert 0.2 < costs["none"] < 5  # its own time twice, on a busy machine
+        assert costs["sap:passes=40"] > 2 * costs["none"]
+        for name in random:
+            first, second = (predictions(post(client, clean[0], defense=name, top_k=10)) for _ in range(2))
+            assert len(first[0]["top"]) == 10
+            assert first[0]["adaptation"] is None
+            assert first == second  # the service was given a seed
+            beside = predictions(post_json(client, [*clean[1:4], clean[0]], defense=name, top_k=10))[3]
+            alone, among = (
+                {entry["label"]: entry["confidence"] for entry in answer["top"]} for answer in (first[0], beside)
+            )
+            assert among == pytest.approx(alone, abs=1e-4)
+    with serving(offer=random, seed=None) as client:
+        answers = [predictions(post(client, clean[0], defense=random[0], top_k=10)) for _ in range(3)]
+        assert answers[0] != answers[1] != answers[2]
 
 
 def test_the_schema_names_bodies_answers_and_errors(client: TestClient) -> None:
