@@ -27,7 +27,7 @@ _BYTES_A_NUMBER = 64
 
 @dataclass(frozen=True, kw_only=True)
 class SAPConfig:
-    """``passes`` are averaged; in each, behind every activation function (or those in ``layers``, joined by ``+``), as
+    """``passes`` are averaged; in each, behind every activation function (or those in ``layers``, joined by ``/``), as
     many draws as ``fraction`` of its size. ``sampling``: ``multinomial`` as published, or ``binomial``, each activation
     for itself: the same means, several times faster.
 
@@ -70,7 +70,7 @@ class Pruner:
 
     def __post_init__(self) -> None:
         _ = self.resources.classifier.head
-        layers = None if self.config.layers == "all" else self.config.layers.split("+")
+        layers = None if self.config.layers == "all" else self.config.layers.split("/")
         object.__setattr__(self, "trunk", ChangedTrunk(self.resources.classifier, layers))
 
     @property

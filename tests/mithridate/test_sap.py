@@ -105,7 +105,7 @@ def test_a_large_fraction_prunes_nothing_and_a_layer_can_be_chosen(resources: Re
     last = ask(build(f"passes=1,layers={names[-1]}", resources), images)
     assert not torch.allclose(last, base, atol=1e-3)
     assert not torch.allclose(last, ask(build("passes=1", resources), images), atol=1e-3)
-    both = build(f"layers={names[0]}+{names[1]}", resources)
+    both = build(f"layers={names[0]}/{names[1]}", resources)
     assert trunk(both).names == names[:2]
 
 
@@ -173,7 +173,7 @@ def test_every_call_draws_anew(resources: Resources, images: Images) -> None:
         ("sap:fraction=0", ["fraction=0.0 is out of range"]),
         ("sap:sampling=poisson", ["sampling='poisson' is not known; allowed: multinomial, binomial"]),
         ("sap:steps=3", ["unknown option of sap 'steps'"]),
-        ("sap:layers=stem_2+relux", ["the network has no activation function 'relux'; allowed: "]),
+        ("sap:layers=stem_2/relux", ["the network has no activation function 'relux'; allowed: "]),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(resources: Resources, text: str, parts: Sequence[str]) -> None:
