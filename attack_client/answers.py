@@ -81,18 +81,30 @@ class BundleDescription(BaseModel):
     arch: str
 
 
+class DefenseDescription(BaseModel):
+    """One of ``GET /v1/defenses``. ``cost``: what an image takes, relative to the undefended model; None where that
+    was not measured.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    description: str
+    cost: float | None = None
+
+
 class Defenses(BaseModel):
     """``GET /v1/defenses``."""
 
     model_config = ConfigDict(frozen=True)
 
     default: str
-    defenses: tuple[dict[str, str], ...]
+    defenses: tuple[DefenseDescription, ...]
 
     @property
     def names(self) -> tuple[str, ...]:
         """What a request may ask for."""
-        return tuple(entry["name"] for entry in self.defenses)
+        return tuple(entry.name for entry in self.defenses)
 
 
 def parse_answer(content: bytes, kind: type[BaseModel], url: str) -> Any:

@@ -247,6 +247,7 @@ class Bundle:
         except (OSError, ValueError) as error:
             raise BundleError(f"bundle {self.path}: {name} is not a readable array ({error})") from error
         if not isinstance(array, np.ndarray):
+            array.close()
             raise BundleError(f"bundle {self.path}: {name} is not a readable array (several in an archive)")
         if array.dtype != dtype or not _fits(array.shape, shape):
             seen = f"{array.dtype} {list(array.shape)}"

@@ -7,6 +7,9 @@ from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch is loaded: see cli/main.py
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # make test has two processes; threads of theirs would count for themselves
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 

@@ -200,7 +200,14 @@ RIDGE_KEYS = "abstain, adversarial, anchor, balanced, gate, held_out, mix, neigh
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
-        ("rmcc", ["unknown defence 'rmcc'", "did you mean 'rmc'", "deepnn, knn-oat, none, rmc, webnn"]),
+        (
+            "rmcc",
+            [
+                "unknown defence 'rmcc'",
+                "did you mean 'rmc'",
+                "deepnn, knn-oat, none, pixel-deflection, randomization, region, rmc, sap, webnn",
+            ],
+        ),
         ("", ["unknown defence ''"]),
         ("RMC", ["unknown defence 'RMC'"]),
         ("none:steps=3", ["none takes no options"]),

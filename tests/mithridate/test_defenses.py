@@ -199,7 +199,14 @@ def test_the_surrogate_is_differentiable_and_agrees_with_the_answer(
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
-        ("rmcc", ["unknown defence 'rmcc'", "did you mean 'rmc'", "deepnn, knn-oat, none, rmc, webnn"]),
+        (
+            "rmcc",
+            [
+                "unknown defence 'rmcc'",
+                "did you mean 'rmc'",
+                "deepnn, knn-oat, none, pixel-deflection, randomization, region, rmc, sap, webnn",
+            ],
+        ),
         ("", ["unknown defence ''"]),
         ("RMC", ["unknown defence 'RMC'"]),
         ("knn_oat", ["unknown defence 'knn_oat'", "did you mean 'knn-oat'"]),

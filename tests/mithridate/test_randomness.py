@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mithridate.defenses.randomness import row_generators, row_seeds
+from mithridate.defenses.randomness import pass_generators, row_seeds
 
 
 def test_an_image_draws_the_same_wherever_it_stands_and_unlike_any_other() -> None:
@@ -25,7 +25,8 @@ def test_any_request_seed_will_do() -> None:
     seeds = [row_seeds((seed,), image)[0] for seed in (0, 1, -1, 2**62 - 1, 2**63)]
     assert len(set(seeds)) == 5
     assert all(0 <= seed < 2**63 for seed in seeds)
-    draws = {
-        float(torch.rand((), generator=generator)) for generator in row_generators((1, 2), image.expand(2, -1, -1, -1))
-    }
-    assert len(draws) == 2
+    image = image.expand(2, -1, -1, -1)
+    draws = [float(torch.rand((), generator=g)) for g in pass_generators((1, 2), image, range(3))]
+    assert len(set(draws)) == 6
+    later = [float(torch.rand((), generator=g)) for g in pass_generators((1, 2), image, range(1, 3))]
+    assert later == [*draws[1:3], *draws[4:]]  # a pass draws the same whatever is run beside it
