@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from index_builder.build import BuildPlan, build_bundle
 from index_builder.training import TrainingPlan
@@ -368,7 +370,11 @@ def test_two_builds_at_once(plan: BuildPlan, whole: Bundle) -> None:
         begun.set()
         assert go_on.wait(60)
 
-    first = threading.Thread(target=build_bundle, args=(plan,), kwargs={"progress": progress})
+    def build() -> None:
+        torch.set_num_threads(int(os.environ["TEST_THREADS"]))  # a thread begins with a number of its own
+        build_bundle(plan, progress=progress)
+
+    first = threading.Thread(target=build)
     first.start()
     assert begun.wait(60)
     for resume in (False, True):
