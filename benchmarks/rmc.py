@@ -34,6 +34,7 @@ from cli.output import print_table
 from mithridate.bundle import Bundle
 from mithridate.datasets import LabelledImages
 from mithridate.defenses import Budget, Defence, Resources, build_defence
+from mithridate.defenses.base import draw_seed
 from mithridate.defenses.presets import PRESETS
 from mithridate.evaluation import wilson_interval
 from mithridate.types import Epsilon, to_images
@@ -253,7 +254,7 @@ def _compared(resources: Resources, pixels: torch.Tensor, published: Published) 
     wanted = []
     for image in to_images(pixels):
         request = torch.Generator().manual_seed(_SEEDED)
-        seed = int(torch.randint(2**62, (), generator=request))  # what the defence draws for a call
+        seed = draw_seed(request)  # as the defence does for a call
         wanted.append(reference.predict(image, torch.Generator().manual_seed(seed)))
     logits = torch.stack(wanted)
 

@@ -290,19 +290,20 @@ def describe_neighbors(
 ) -> tuple[Neighborhood, ...]:
     """One Neighborhood a row. ``counted`` bool ``[B, K]``: those that had a say; all unless given."""
     everything, distances = neighbors.ids.cpu(), neighbors.distances.cpu()
-    labels = exemplars.gather_labels(everything, torch.device("cpu")).numpy()  # [B, K]
+    labels = exemplars.gather_labels(everything, torch.device("cpu"))  # [B, K]
     said = torch.ones_like(everything, dtype=torch.bool) if counted is None else counted.cpu()
     attacked = (everything >= exemplars.clean_count) & said
     fractions = (attacked.sum(1) / said.sum(1).clamp_min(1)).tolist()
     everyone = bool(said.all())
     described = []
     for row, ids in enumerate(everything):
-        counts = np.bincount(labels[row] if everyone else labels[row][said[row].numpy()])
+        chosen = slice(None) if everyone else said[row]
+        counts = np.bincount(labels[row][chosen].numpy())
         ranked = sorted(np.flatnonzero(counts).tolist(), key=lambda label: -counts[label])  # stable: ties by label
         described.append(
             Neighborhood(
-                ids=ids if everyone else ids[said[row]],
-                distances=distances[row] if everyone else distances[row][said[row]],
+                ids=ids[chosen],
+                distances=distances[row][chosen],
                 label_counts={label: int(counts[label]) for label in ranked},
                 adversarial_fraction=fractions[row],
             )

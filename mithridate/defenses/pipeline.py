@@ -233,11 +233,11 @@ def defence_name(text: str, resources: Resources) -> str:
     if name == "rmc":
         full = _rmc_options(options)
         return _rmc_name(*_read_rmc(_tuned(resources, options) if full is None else full), resources)
-    parse_defence(text)
-    if name not in _OTHERS:
-        return name
-    config = _OTHERS[name].config
-    return canonical(name, fill(config, options, of=name), config)
+    if name in _OTHERS:
+        config = _OTHERS[name].config
+        return canonical(name, fill(config, options, of=name), config)
+    parse_defence(text)  # none, or it says what is wrong
+    return name
 
 
 def describe_defence(defence: Defence) -> str:

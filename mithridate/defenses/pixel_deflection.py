@@ -14,12 +14,9 @@ import numpy as np
 import torch
 
 from mithridate.defenses.base import Resources
-from mithridate.defenses.options import canonical, require
-from mithridate.defenses.sampled import Run, Sampled
+from mithridate.defenses.options import require
+from mithridate.defenses.sampled import Run, Sampled, bytes_of_a_pass, sampled
 from mithridate.types import Images, Logits
-
-_COPIES = 40
-"""Of an image: what a network holds of it at a time, roughly."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,13 +41,7 @@ class PixelDeflectionConfig:
 
 
 def make_pixel_deflection(resources: Resources, config: PixelDeflectionConfig) -> Sampled:
-    return Sampled(
-        name=canonical("pixel-deflection", config, PixelDeflectionConfig()),
-        resources=resources,
-        sampler=Deflector(resources=resources, config=config),
-        passes=config.passes,
-        attack_passes=config.attack_passes,
-    )
+    return sampled("pixel-deflection", resources, config, Deflector(resources=resources, config=config))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +53,7 @@ class Deflector:
 
     @property
     def bytes_a_row(self) -> int:
-        return _COPIES * 4 * int(torch.Size(self.resources.classifier.spec.image_shape).numel())
+        return bytes_of_a_pass(self.resources)
 
     def begin(self, images: Images) -> Run:
         def run(generators: Sequence[torch.Generator], copies: int) -> Logits:

@@ -58,8 +58,8 @@ def _scale(rows: torch.Tensor, draws: int, sampling: Sampling, generators: Seque
         drawn = stays.to(keep.device) < keep
     else:
         step = max(1, _NUMBERS_AT_A_TIME // max(draws, rows.shape[1]))
-        parts = zip(shares.split(step), _split(generators, step), strict=True)
-        drawn = torch.cat([_drawn(part, draws, some) for part, some in parts])
+        starts = range(0, max(1, len(shares)), step)
+        drawn = torch.cat([_drawn(shares[s : s + step], draws, generators[s : s + step]) for s in starts])
     # Where nothing can be drawn the scale is 1, and 0 or not a number stays what it is.
     scale = torch.where(drawn, 1 / keep.clamp_min(torch.finfo(keep.dtype).tiny), 0)
     return torch.where(usable, scale, 1)
@@ -80,7 +80,3 @@ def _drawn(shares: torch.Tensor, draws: int, generators: Sequence[torch.Generato
     edges /= edges[:, -1:].clone().clamp_min(1e-300)  # all 0 where there are no shares
     below = torch.searchsorted(points[:, :-1].contiguous(), edges, right=True)
     return below.diff(dim=1, prepend=below.new_zeros(len(below), 1)) > 0
-
-
-def _split(generators: Sequence[torch.Generator], step: int) -> list[Sequence[torch.Generator]]:
-    return [generators[start : start + step] for start in range(0, max(1, len(generators)), step)]

@@ -14,13 +14,10 @@ from typing import Literal
 import torch
 
 from mithridate.defenses.base import Resources
-from mithridate.defenses.options import canonical, require
-from mithridate.defenses.sampled import Run, Sampled
+from mithridate.defenses.options import require
+from mithridate.defenses.sampled import Run, Sampled, bytes_of_a_pass, sampled
 from mithridate.errors import ModelError
 from mithridate.types import Images, Logits
-
-_COPIES = 40
-"""Of an image: what a network holds of it at a time, roughly."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,13 +44,7 @@ class RandomizationConfig:
 
 def make_randomization(resources: Resources, config: RandomizationConfig) -> Sampled:
     """Raises ModelError where the network does not take the larger canvas."""
-    return Sampled(
-        name=canonical("randomization", config, RandomizationConfig()),
-        resources=resources,
-        sampler=Resizer(resources=resources, config=config),
-        passes=config.passes,
-        attack_passes=config.attack_passes,
-    )
+    return sampled("randomization", resources, config, Resizer(resources=resources, config=config))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +68,7 @@ class Resizer:
 
     @property
     def bytes_a_row(self) -> int:
-        return _COPIES * 4 * int(torch.Size(self.resources.classifier.spec.image_shape).numel())
+        return bytes_of_a_pass(self.resources)
 
     def begin(self, images: Images) -> Run:
         def run(generators: Sequence[torch.Generator], copies: int) -> Logits:

@@ -11,12 +11,9 @@ from dataclasses import dataclass
 import torch
 
 from mithridate.defenses.base import Resources
-from mithridate.defenses.options import canonical, require
-from mithridate.defenses.sampled import Run, Sampled
+from mithridate.defenses.options import require
+from mithridate.defenses.sampled import Run, Sampled, bytes_of_a_pass, sampled
 from mithridate.types import Images, Logits
-
-_COPIES = 40
-"""Of an image: what a network holds of it at a time, roughly."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,14 +38,7 @@ class RegionConfig:
 def make_region(resources: Resources, config: RegionConfig) -> Sampled:
     channels = resources.classifier.spec.image_shape[0]
     radius = config.radius if config.radius is not None else (0.3 if channels == 1 else 0.02)
-    return Sampled(
-        name=canonical("region", config, RegionConfig()),
-        resources=resources,
-        sampler=Surroundings(resources=resources, radius=radius),
-        passes=config.passes,
-        attack_passes=config.attack_passes,
-        reduce="vote",
-    )
+    return sampled("region", resources, config, Surroundings(resources=resources, radius=radius), reduce="vote")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +50,7 @@ class Surroundings:
 
     @property
     def bytes_a_row(self) -> int:
-        return _COPIES * 4 * int(torch.Size(self.resources.classifier.spec.image_shape).numel())
+        return bytes_of_a_pass(self.resources)
 
     def begin(self, images: Images) -> Run:
         classifier = self.resources.classifier

@@ -21,9 +21,11 @@ from mithridate.defenses.base import (
     Request,
     Resources,
     answer_one,
+    draw_seed,
     gather,
 )
 from mithridate.defenses.none import base_pass
+from mithridate.defenses.options import canonical
 from mithridate.defenses.randomness import pass_generators
 from mithridate.errors import BudgetExceededError
 from mithridate.types import Images, Logits, Scores
@@ -32,6 +34,9 @@ _BYTES_AT_A_TIME = 256 * 2**20
 """What one run of several passes may take, roughly."""
 
 _IMAGES_AT_A_TIME = 64
+
+_COPIES = 40
+"""Of an image: what a network holds of it at a time, roughly."""
 
 Run = Callable[[Sequence[torch.Generator], int], Logits]
 """``run(generators, copies) -> logits [N * copies, C]``, the copies of an image side by side; row i draws from
@@ -54,6 +59,38 @@ class Sampler(Protocol):
     def begin_attack(self, images: Images) -> Run:
         """The same values, differentiable in ``images`` along the path that suits an attacker best."""
         ...
+
+
+def bytes_of_a_pass(resources: Resources) -> int:
+    """What the whole network takes for one image, roughly."""
+    return _COPIES * 4 * int(torch.Size(resources.classifier.spec.image_shape).numel())
+
+
+class PassConfig(Protocol):
+    """The options that all of them have."""
+
+    @property
+    def passes(self) -> int: ...
+    @property
+    def attack_passes(self) -> int: ...
+
+
+def sampled(
+    family: str,
+    resources: Resources,
+    config: PassConfig,
+    sampler: Sampler,
+    reduce: Literal["softmax", "vote"] = "softmax",
+) -> Sampled:
+    """The defence called ``family``, whose options are ``config``."""
+    return Sampled(
+        name=canonical(family, config, type(config)()),
+        resources=resources,
+        sampler=sampler,
+        passes=config.passes,
+        attack_passes=config.attack_passes,
+        reduce=reduce,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,38 +120,36 @@ class Sampled:
         for request in requests:
             try:
                 request.budget.check()
-                outcomes.append(self._answer(gather([request], self.resources.classifier.device)))
+                outcomes.append(self._answer(gather([request], self.resources.classifier.device), request.budget))
             except BudgetExceededError as error:
                 outcomes.append(error)
         return outcomes
 
-    def _answer(self, batch: Batch) -> Prediction:
+    def _answer(self, batch: Batch, budget: Budget) -> Prediction:
         classifier = self.resources.classifier
         clock = PhaseClock(classifier.device)
         with clock.phase("embed"):
             base = base_pass(classifier, batch.images).logits.softmax(1).float().cpu()
         with clock.phase("predict"):
-            scores = self.mean_scores(batch).float().cpu()
+            scores = self._mean_scores(batch, budget).float().cpu()
         nothing = (None,) * len(batch.images)
         return Prediction(
             scores=scores, base_scores=base, adaptations=nothing, neighborhoods=nothing, seconds=clock.seconds
         )
 
-    def mean_scores(self, batch: Batch) -> Scores:
-        """float64 ``[N, C]``. Raises BudgetExceededError where a budget ends."""
-        count = max(1, min(_IMAGES_AT_A_TIME, self._rows_at_a_time()))
-        budgets = list({id(budget): budget for budget in batch.budgets}.values())
+    def _mean_scores(self, batch: Batch, budget: Budget) -> Scores:
+        """float64 ``[N, C]``. Raises BudgetExceededError where the budget ends."""
+        count = min(_IMAGES_AT_A_TIME, self._rows_at_a_time())
         parts = [
-            self._mean(batch.images[start : start + count], batch.seeds[start : start + count], budgets)
+            self._mean(batch.images[start : start + count], batch.seeds[start : start + count], budget)
             for start in range(0, len(batch.images), count)
         ]
         return torch.cat(parts)
 
-    def _mean(self, images: Images, seeds: Sequence[int], budgets: Sequence[Budget]) -> Scores:
+    def _mean(self, images: Images, seeds: Sequence[int], budget: Budget) -> Scores:
         run, done, total = self.sampler.begin(images), 0, torch.zeros(())
         while done < self.passes:
-            for budget in budgets:
-                budget.check()
+            budget.check()
             copies = min(max(1, self._rows_at_a_time() // len(images)), self.passes - done)
             logits = run(pass_generators(seeds, images, range(done, done + copies)), copies)
             total = total.to(logits.device) + self._opinions(logits).view(len(images), copies, -1).sum(1)
@@ -129,8 +164,7 @@ class Sampled:
     def surrogate(self, images: Images, *, generator: torch.Generator, budget: Budget) -> Logits:
         """log of the mean softmax of ``attack_passes``: a vote has no slope, and the mean leads where it will go."""
         budget.check()
-        seed = int(torch.randint(2**62, (), generator=generator))
-        generators = pass_generators([seed] * len(images), images, range(self.attack_passes))
+        generators = pass_generators([draw_seed(generator)] * len(images), images, range(self.attack_passes))
         logits = self.sampler.begin_attack(images)(generators, self.attack_passes)
         each = logits.double().log_softmax(1).view(len(images), self.attack_passes, -1)
         return each.logsumexp(1)

@@ -15,10 +15,10 @@ from typing import Literal
 import torch
 
 from mithridate.defenses.base import Resources
-from mithridate.defenses.options import canonical, require
+from mithridate.defenses.options import require
 from mithridate.defenses.pruned_network import ChangedTrunk
 from mithridate.defenses.pruning import Sampling, prune
-from mithridate.defenses.sampled import Run, Sampled
+from mithridate.defenses.sampled import Run, Sampled, sampled
 from mithridate.types import Images, Logits
 
 _BYTES_A_NUMBER = 64
@@ -51,13 +51,7 @@ class SAPConfig:
 
 def make_sap(resources: Resources, config: SAPConfig) -> Sampled:
     """Raises ModelError for a network that cannot be traced or has no linear layer at its end."""
-    return Sampled(
-        name=canonical("sap", config, SAPConfig()),
-        resources=resources,
-        sampler=Pruner(resources=resources, config=config),
-        passes=config.passes,
-        attack_passes=config.attack_passes,
-    )
+    return sampled("sap", resources, config, Pruner(resources=resources, config=config))
 
 
 @dataclass(frozen=True, kw_only=True)
