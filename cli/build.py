@@ -38,6 +38,9 @@ def build(
             "besides the last linear layer (default: none)"
         ),
     ] = None,
+    prm: Annotated[
+        list[Path] | None, typer.Option(help="A PRM to store, from mithridate train --prm, for the defence prm; repeat")
+    ] = None,
     mean: Annotated[str | None, typer.Option(help="Normalisation, as 0.485,0.456,0.406 (default: as trained)")] = None,
     std: Annotated[str | None, typer.Option(help="Normalisation, as 0.229,0.224,0.225 (default: as trained)")] = None,
     name: Annotated[str | None, typer.Option(help="What answers will call it (default: data set and arch)")] = None,
@@ -68,6 +71,7 @@ def build(
         std=_numbers("--std", std),
         embedding_layer=embedding_layer,
         tail_layer=tail_layer,
+        prm=tuple(prm or ()),
         attacks=tuple(attack or PUBLISHED_ATTACKS),
         epsilon=radius,
         index=index,

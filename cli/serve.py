@@ -16,7 +16,10 @@ def serve(
     port: Annotated[int | None, typer.Option(help="Port to listen at; 0 takes a free one (default: 8000)")] = None,
     defense: Annotated[str | None, typer.Option(help="For requests that name none (default: rmc)")] = None,
     offer: Annotated[
-        list[str] | None, typer.Option(help="What requests may name; repeat (default: all, with their defaults)")
+        list[str] | None,
+        typer.Option(
+            help="What requests may name; repeat, or all (default: none, rmc, webnn, deepnn; prm where there is one)"
+        ),
     ] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file of settings")] = None,
     arch: shared.ArchOption = None,

@@ -21,7 +21,7 @@ from mithridate.attacks import PGD
 from mithridate.bundle import ACTIVATIONS, EMBEDDINGS, FEATURES, PREDICTIONS
 from mithridate.defenses import Budget, Resources, build_defence
 from mithridate.exemplars import ExemplarStore, Layout
-from mithridate.models import Classifier
+from mithridate.models import Classifier, load_prm
 from mithridate.neighbors import NeighborIndex
 from mithridate.types import Images, Labels, Logits, Pixels, to_images
 
@@ -99,7 +99,12 @@ def _resources(plan: BuildPlan, workspace: Workspace, classifier: Classifier, co
     # Exact, whatever the bundle's own index will be: that one may still be changed when a build is resumed.
     index = NeighborIndex.build(embeddings, metric=plan.metric)
     device = classifier.device
-    return Resources(classifier=classifier, index=index.to(device), exemplars=exemplars.to(device))
+    return Resources(
+        classifier=classifier,
+        index=index.to(device),
+        exemplars=exemplars.to(device),
+        prms=tuple(load_prm(path, image_shape=plan.data.image_shape).to(device) for path in plan.prm),
+    )
 
 
 @torch.no_grad()
@@ -118,4 +123,5 @@ def _rehearsal(plan: BuildPlan, classifier: Classifier, copies: int) -> Resource
         activations=halves,
     )
     index = NeighborIndex.build(embeddings, metric=plan.metric)
-    return Resources(classifier=classifier, index=index, exemplars=exemplars)
+    prms = tuple(load_prm(path, image_shape=plan.data.image_shape) for path in plan.prm)
+    return Resources(classifier=classifier, index=index, exemplars=exemplars, prms=prms)

@@ -28,6 +28,7 @@ from mithridate.bundle import (
     MANIFEST,
     MODEL,
     PREDICTIONS,
+    PRM_FILE,
     SCHEMA_VERSION,
     Bundle,
     CopyEntry,
@@ -35,10 +36,11 @@ from mithridate.bundle import (
     FileEntry,
     Manifest,
     ModelEntry,
+    PRMEntry,
     sha256_of,
 )
 from mithridate.errors import BuildError
-from mithridate.models import Classifier, load_classifier, save_weights
+from mithridate.models import Classifier, load_classifier, load_prm, save_weights
 from mithridate.neighbors import NeighborIndex, resolve_factory
 
 __all__ = ["PUBLISHED_ATTACKS", "BuildPlan", "BuildSummary", "build_bundle", "finished_bundle"]
@@ -105,6 +107,8 @@ def _activation_shape(bundle: Path) -> tuple[int, ...] | None:
 
 def _fill(plan: BuildPlan, workspace: Workspace, progress: Progress) -> None:
     classifier = _model(plan, workspace, progress)
+    for number, given in enumerate(plan.prm):
+        workspace.write_bytes(PRM_FILE.format(number), given.read_bytes())
     layout, total = plan.layout, len(plan.layout)
     for number, copy in enumerate(plan.copies()):
         missing = [s for s in range(layout.shards_per_copy) if not workspace.has(layout.shard_path(number, s))]
@@ -210,6 +214,8 @@ def _manifest(
     names = [layout.shard_path(c, s) for c, s in layout.shards]
     names += [MODEL, LABELS, PREDICTIONS, EMBEDDINGS, INDEX]
     names += [name for name in (FEATURES, ACTIVATIONS) if workspace.has(name)]
+    prms = [PRM_FILE.format(number) for number in range(len(plan.prm))]
+    names += prms
     correct = (predictions.reshape(len(layout.copies), -1) == plan.data.labels).sum(1)
     return Manifest(
         schema_version=SCHEMA_VERSION,
@@ -225,6 +231,7 @@ def _manifest(
             embedding_layer=spec.embedding_layer,
             tail_layer=spec.tail_layer,
         ),
+        prm=tuple(_prm_entry(workspace, plan, file) for file in prms),
         copies=tuple(_copy_entry(c, int(n)) for c, n in zip(plan.copies(), correct, strict=True)),
         seed=plan.seed,
         shard_size=plan.shard_size,
@@ -241,6 +248,11 @@ def _manifest(
             for name in sorted(names)
         },
     )
+
+
+def _prm_entry(workspace: Workspace, plan: BuildPlan, file: str) -> PRMEntry:
+    spec = load_prm(workspace.path / file, image_shape=plan.data.image_shape).spec
+    return PRMEntry(file=file, variant=spec.variant, size=spec.size)
 
 
 def _copy_entry(copy: CopyPlan, correct: int) -> CopyEntry:

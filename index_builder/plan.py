@@ -19,6 +19,7 @@ from mithridate.datasets import LabelledImages
 from mithridate.defenses import parse_defence
 from mithridate.errors import OptionError
 from mithridate.exemplars import CLEAN, Layout
+from mithridate.models import load_prm
 from mithridate.models.splitting import DEFAULT_LAYER
 from mithridate.neighbors import AUTO, METRICS
 from mithridate.types import Epsilon
@@ -48,8 +49,8 @@ class BuildPlan:
 
     ``model`` None trains ``arch`` first (small-cnn where that is not given either). ``attacks`` are names, as in
     ``pgd10``, or ``pgd10@rmc``: an attack on a defence. ``tail_layer`` is where the tail scope's activations are taken,
-    None stores none. ``shard_size`` images are attacked, stored and, after a kill, kept together; ``batch_size`` of
-    them at a time.
+    None stores none. ``prm`` are files of pixel robustness manipulators to store. ``shard_size`` images are attacked,
+    stored and, after a kill, kept together; ``batch_size`` of them at a time.
     """
 
     data: LabelledImages
@@ -60,6 +61,7 @@ class BuildPlan:
     std: tuple[float, ...] | None = None
     embedding_layer: str = DEFAULT_LAYER
     tail_layer: str | None = None
+    prm: Sequence[Path] = ()
     attacks: Sequence[str] = PUBLISHED_ATTACKS
     epsilon: Epsilon = Epsilon(8)
     index: str = AUTO
@@ -79,6 +81,8 @@ class BuildPlan:
             raise OptionError(f"batch size {self.batch_size} must be from 1 to the shard size, {self.shard_size}")
         if self.metric not in METRICS:
             raise OptionError(f"metric {self.metric!r} is unknown; allowed: {', '.join(METRICS)}")
+        for path in self.prm:
+            load_prm(path, image_shape=self.data.image_shape)  # says now what is wrong with it
         copies = self.copies()
         names = [copy.name for copy in copies]
         if len(set(names)) != len(names):
@@ -120,6 +124,7 @@ class BuildPlan:
             "normalisation": [list(part) if part else None for part in (self.mean, self.std)],
             "embedding_layer": self.embedding_layer,
             "tail_layer": self.tail_layer,
+            "prm": [sha256_of(path) for path in self.prm],
             "attacks": list(self.attacks),
             "epsilon": str(self.epsilon),
             "metric": self.metric,

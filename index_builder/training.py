@@ -101,8 +101,8 @@ def _fit(classifier: Classifier, data: LabelledImages, plan: TrainingPlan, progr
     for _ in range(epochs):
         order = torch.randperm(len(data), generator=generator)
         for batch in order.tensor_split(batches):
-            _set_rate(optimizer, plan.learning_rate * _cycle(steps / (epochs * batches)))
-            images = _augment(to_images(pixels[batch]), shift, flip=plan.flip, generator=generator)
+            set_rate(optimizer, plan.learning_rate * cycle(steps / (epochs * batches)))
+            images = augment(to_images(pixels[batch]), shift, flip=plan.flip, generator=generator)
             images, targets = images.to(classifier.device), labels[batch].to(classifier.device)
             if plan.adversarial is not None:
                 images = _attack(classifier, images, targets, plan, generator)
@@ -115,19 +115,19 @@ def _fit(classifier: Classifier, data: LabelledImages, plan: TrainingPlan, progr
     network.eval().requires_grad_(False)
 
 
-def _cycle(done: float) -> float:
+def cycle(done: float) -> float:
     """Share of the peak learning rate: linear up, cosine down."""
     if done < _WARM_UP:
         return max(done / _WARM_UP, 0.01)
     return 0.5 * (1 + math.cos(math.pi * (done - _WARM_UP) / (1 - _WARM_UP)))
 
 
-def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = rate
 
 
-def _augment(images: Images, shift: int, *, flip: bool, generator: torch.Generator) -> Images:
+def augment(images: Images, shift: int, *, flip: bool, generator: torch.Generator) -> Images:
     """Every image of ``[N, C, H, W]`` moved by up to ``shift`` pixels, zeros coming in; half of them mirrored."""
     count, _, height, width = images.shape
     padded = F.pad(images, (shift,) * 4)

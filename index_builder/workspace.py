@@ -25,7 +25,7 @@ from mithridate.errors import BuildError
 _PLAN = "plan.json"
 _TEMPORARY = ".partial"
 
-_BEFORE_THERE_WAS: dict[str, Any] = {"metric": "l2", "tail_layer": None}
+_BEFORE_THERE_WAS: dict[str, Any] = {"metric": "l2", "tail_layer": None, "prm": []}
 """What a plan that does not mention it meant."""
 
 

@@ -26,7 +26,7 @@ from pydantic import (
 
 from mithridate.errors import BundleError
 from mithridate.exemplars import CLEAN, ExemplarStore, Layout
-from mithridate.models import Classifier, is_factory, load_classifier
+from mithridate.models import PRM, Classifier, is_factory, load_classifier, load_prm
 from mithridate.neighbors import NeighborIndex
 from mithridate.tuning import TUNING, read_tuning
 
@@ -39,6 +39,7 @@ EMBEDDINGS = "embeddings.npy"
 FEATURES = "features.npy"
 ACTIVATIONS = "activations.npy"
 INDEX = "index.faiss"
+PRM_FILE = "prm-{}.safetensors"
 CARD = "card.json"
 
 
@@ -62,6 +63,14 @@ class ModelEntry(_Frozen):
     std: Annotated[tuple[Annotated[FiniteFloat, Field(gt=0)], ...], Field(min_length=1)]
     embedding_layer: str
     tail_layer: str | None = None  # where the activations of ACTIVATIONS were taken
+
+
+class PRMEntry(_Frozen):
+    """A pixel robustness manipulator that was stored with the model."""
+
+    file: str
+    variant: str
+    size: str
 
 
 class CopyEntry(_Frozen):
@@ -93,6 +102,7 @@ class Manifest(_Frozen):
     image_shape: tuple[PositiveInt, PositiveInt, PositiveInt]
     resize: Literal["exact", "center-crop"]
     model: ModelEntry
+    prm: tuple[PRMEntry, ...] = ()
     copies: tuple[CopyEntry, ...]
     seed: int
     shard_size: Annotated[int, Field(gt=0)]
@@ -121,6 +131,9 @@ class Manifest(_Frozen):
             raise ValueError("more images classified correctly than there are")
         if (self.model.tail_layer is None) != (ACTIVATIONS not in self.files):
             raise ValueError(f"model.tail_layer is {self.model.tail_layer!r}, but {ACTIVATIONS} does not go with that")
+        unlisted = next((entry.file for entry in self.prm if entry.file not in self.files), None)
+        if unlisted is not None:
+            raise ValueError(f"prm names {unlisted}, which is not among the files")
         return self
 
     @property
@@ -141,6 +154,8 @@ class Manifest(_Frozen):
         for copy in content["copies"]:
             if copy["defense"] is None:
                 del copy["defense"]
+        if not content["prm"]:
+            del content["prm"]
         return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
 
 
@@ -201,6 +216,11 @@ class Bundle:
             embedding_layer=model.embedding_layer,
             tail_layer=model.tail_layer,
         )
+
+    def prms(self) -> tuple[PRM, ...]:
+        """The pixel robustness manipulators, in the order in which the build was given them."""
+        shape = self.manifest.image_shape
+        return tuple(load_prm(self.path / entry.file, image_shape=shape) for entry in self.manifest.prm)
 
     @cached_property
     def embeddings(self) -> NDArray[np.float32]:

@@ -9,11 +9,20 @@ from dataclasses import dataclass
 import torch
 
 from mithridate.bundle import Bundle
-from mithridate.defenses import Budget, Defence, Resources, build_defence, defence_name, describe_defence
+from mithridate.defenses import (
+    WITH_PRM,
+    Budget,
+    Defence,
+    Resources,
+    build_defence,
+    defence_name,
+    describe_defence,
+    servable_defences,
+)
 from mithridate.devices import resolve_device, use_threads
-from mithridate.errors import OptionError
+from mithridate.errors import MithridateError, OptionError
 from mithridate.types import to_images
-from service.settings import Settings
+from service.settings import ALL, Settings
 
 logger = logging.getLogger("mithridate.service")
 
@@ -50,8 +59,9 @@ def load(settings: Settings) -> Loaded:
     use_threads(settings.threads)
     bundle = Bundle.open(settings.bundle)
     resources = Resources.load(bundle, device=resolve_device(settings.device), allow_factory=settings.arch)
-    offered = settings.offered if resources.classifier.has_head else _without_head(settings)
-    made = {text: build_defence(text, resources) for text in offered}
+    made = {text: build_defence(text, resources) for text in _offered(settings, resources)}
+    if ALL in settings.offer:
+        made |= _all(resources)
     for text, defence in made.items():
         if getattr(defence, "offline", False):
             raise OptionError(f"{text} is for offline comparison only and cannot be served; leave it out of --offer")
@@ -95,6 +105,20 @@ def _fine_tunes(defence: Defence) -> bool:
     return "scope=" in defence.name
 
 
-def _without_head(settings: Settings) -> tuple[str, ...]:
-    """Leaves out what cannot be, but never what was asked for by name."""
-    return tuple(name for name in settings.offered if name != "rmc" or name == settings.defense)
+def _offered(settings: Settings, resources: Resources) -> list[str]:
+    """What was asked for by name. Of what was not, without what cannot be, and with what the bundle has beside."""
+    if settings.offer_is_explicit:
+        return [text for text in settings.offered if text != ALL]
+    usual = [*settings.offered, *(WITH_PRM if resources.prms else ())]
+    return [text for text in usual if "rmc" not in text or text == settings.defense or resources.classifier.has_head]
+
+
+def _all(resources: Resources) -> dict[str, Defence]:
+    """Whatever this bundle and its network allow."""
+    made = {}
+    for text in servable_defences(resources):
+        try:
+            made[text] = build_defence(text, resources)
+        except MithridateError as error:
+            logger.warning("%s is not offered: %s", text, error)
+    return made

@@ -16,6 +16,8 @@ from pydantic_settings import (
 from mithridate.defenses import DEFAULT_DEFENCES
 from mithridate.errors import OptionError
 
+ALL = "all"
+
 
 class Settings(BaseSettings):
     """A service's settings; ``bundle`` is the only one without a default."""
@@ -31,7 +33,8 @@ class Settings(BaseSettings):
     defense: str = "rmc"
     """The defence for requests that do not name one."""
     offer: tuple[str, ...] = DEFAULT_DEFENCES
-    """The defences that a request may name. The default one is always among them."""
+    """The defences that a request may name (``all``: every one that the bundle allows, and the compositions of prm, rmc
+    and sap). The default one is always among them."""
     arch: str | None = None
     """Must repeat package.module:factory where the bundle's network is your own code."""
     device: str = "cpu"
@@ -62,6 +65,11 @@ class Settings(BaseSettings):
     """Whether /docs and /openapi.json are served."""
     log_level: str = "info"
     """debug, info, warning or error."""
+
+    @property
+    def offer_is_explicit(self) -> bool:
+        """Whether somebody said what to offer."""
+        return "offer" in self.model_fields_set
 
     @property
     def offered(self) -> tuple[str, ...]:

@@ -12,14 +12,17 @@ from mithridate.defenses.base import (
 )
 from mithridate.defenses.pipeline import (
     DEFAULT_DEFENCES,
+    WITH_PRM,
     build_defence,
     defence_name,
     describe_defence,
     parse_defence,
+    servable_defences,
 )
 
 __all__ = [
     "DEFAULT_DEFENCES",
+    "WITH_PRM",
     "Adaptation",
     "Budget",
     "Defence",
@@ -32,4 +35,5 @@ __all__ = [
     "defence_name",
     "describe_defence",
     "parse_defence",
+    "servable_defences",
 ]

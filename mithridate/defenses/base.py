@@ -14,7 +14,7 @@ import torch
 from mithridate.bundle import Bundle
 from mithridate.errors import BudgetExceededError, BundleError
 from mithridate.exemplars import ExemplarStore
-from mithridate.models import Classifier
+from mithridate.models import PRM, Classifier
 from mithridate.neighbors import NeighborIndex, Neighbors
 from mithridate.tuning import read_tuning
 from mithridate.types import Images, Logits, Scores
@@ -27,13 +27,15 @@ Interruption = Literal["deadline", "cancelled"]
 class Resources:
     """What a bundle offers to a defence. Shared by all requests, changed by none.
 
-    ``tuning`` is the defence that the bundle was tuned to, as text, where it was.
+    ``tuning`` is the defence that the bundle was tuned to, as text, where it was. ``prms``: pixel robustness
+    manipulators, where the bundle has any.
     """
 
     classifier: Classifier
     index: NeighborIndex
     exemplars: ExemplarStore
     tuning: str | None = None
+    prms: tuple[PRM, ...] = ()
 
     @classmethod
     def load(cls, bundle: Bundle, *, device: str | torch.device = "cpu", allow_factory: str | None = None) -> Resources:
@@ -57,6 +59,7 @@ class Resources:
             index=index.to(device),
             exemplars=exemplars.to(device),
             tuning=None if tuning is None else tuning.defense,
+            prms=tuple(prm.to(device) for prm in bundle.prms()),
         )
 
 

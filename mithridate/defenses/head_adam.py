@@ -56,8 +56,9 @@ class HeadFit:
     adaptations: tuple[Adaptation, ...]
 
     def logits(self, head_input: torch.Tensor) -> Logits:
-        """``[B, D]``, one row a head, to logits ``[B, C]``; differentiable in ``head_input``."""
-        return torch.einsum("bcd,bd->bc", self.weight, F.pad(head_input.double(), (0, 1), value=1.0))
+        """``[B, D]``, one point a head, to logits ``[B, C]``, or ``[B, P, D]`` to ``[B, P, C]``; differentiable in
+        ``head_input``."""
+        return torch.einsum("bcd,b...d->b...c", self.weight, F.pad(head_input.double(), (0, 1), value=1.0))
 
 
 def fit_heads(

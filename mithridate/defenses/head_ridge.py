@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from mithridate.defenses.adapting import Adapted, Query, join
+from mithridate.defenses.adapting import Adapted, Query, average_heads, join
 from mithridate.defenses.base import Adaptation, Budget, Resources, interruptions
 from mithridate.defenses.exemplar_scores import ExemplarScores
 from mithridate.defenses.options import require
@@ -82,10 +82,19 @@ class RidgeHead:
         solved = correction.isfinite().all(1)
         correction = torch.where(solved[:, None], correction, 0.0)
         losses = self._held_out(inputs, missing, weights.detach(), held) if held else None
-        return Adapted(
-            logits=_positive(query.base.logits.double().softmax(1) + correction).log(),
-            adaptations=_fates(query.budgets, losses, solved.tolist()),
-        )
+        fates = _fates(query.budgets, losses, solved.tolist())
+        if query.average is None:
+            return Adapted(
+                logits=_positive(query.base.logits.double().softmax(1) + correction).log(), adaptations=fates
+            )
+
+        def answer(points: torch.Tensor) -> torch.Tensor:
+            places = F.pad(points.double(), (0, 1), value=one)  # [B, P, D + 1]
+            corrections = fit_at(inputs, missing, weights, places, self.config.anchor)
+            corrections = torch.where(solved[:, None, None], corrections, 0.0)
+            return _positive(head(points).double().softmax(-1) + corrections).log()
+
+        return average_heads(query, self.resources.classifier, fates, answer)
 
     @torch.no_grad()
     def _held_out(
@@ -106,7 +115,7 @@ class RidgeHead:
 
 def _positive(shares: torch.Tensor) -> torch.Tensor:
     """Almost max(share, 0), without the corner: (share + root) / 2, below 0 in the form that does not cancel."""
-    corner = _ROUNDING / shares.shape[1]
+    corner = _ROUNDING / shares.shape[-1]
     root = (shares.square() + corner**2).sqrt()
     below = shares < 0
     # Neither branch divides or cancels where the other one is meant: its gradient would be no number, times 0.

@@ -41,19 +41,22 @@ def _fill(config: Config, options: Mapping[str, str], of: str) -> Config:
     values: dict[str, Any] = {}
     for field in fields(config):  # type: ignore[arg-type]
         current = getattr(config, field.name)
+        key = field.name.rstrip("_")
         if is_dataclass(current):
             values[field.name] = _fill(current, options, of)
-        elif field.name in options:
-            values[field.name] = _read(hints[field.name], options[field.name], f"{of}: {field.name}")
+        elif key in options:
+            values[field.name] = _read(hints[field.name], options[key], f"{of}: {key}")
     return replace(config, **values)  # type: ignore[type-var]
 
 
 def flatten(config: object) -> dict[str, Any]:
-    """Every option of ``config`` and of the dataclasses inside it, by key, in the order of the fields."""
+    """Every option of ``config`` and of the dataclasses inside it, by key, in the order of the fields. The
+    key is the field's name without the underscore that keeps it from being Python's own (``lambda_``).
+    """
     flat: dict[str, Any] = {}
     for field in fields(config):  # type: ignore[arg-type]
         value = getattr(config, field.name)
-        flat.update(flatten(value) if is_dataclass(value) else {field.name: value})
+        flat.update(flatten(value) if is_dataclass(value) else {field.name.rstrip("_"): value})
     return flat
 
 

@@ -1,42 +1,45 @@
-"""Defences by name."""
+"""Defences by name, and several of them as the stages of one.
+
+A defence is ``none``, a neighbour vote, or up to three stages, in this order: *transform* the image (``prm``,
+``randomization``, ``pixel-deflection``), *adapt* the weights (``rmc``), *average* many passes (``sap``, ``region``):
+``prm+rmc+sap``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Any, Literal
 
-from mithridate.defenses.adapting import Adapter
+from mithridate.defenses.averaging import Averaging, FirstStage, Sampler, Transform, Transformed, bytes_of_a_pass
 from mithridate.defenses.base import Defence, Resources
-from mithridate.defenses.exemplar_scores import ExemplarScores
-from mithridate.defenses.guard import GuardConfig
-from mithridate.defenses.head_adam import AdamConfig
-from mithridate.defenses.head_ridge import RidgeConfig, RidgeHead
 from mithridate.defenses.knn_oat import KNNOAT, KNNOATConfig
 from mithridate.defenses.neighbor_vote import NeighborVote, NeighborVoteConfig
 from mithridate.defenses.none import NoDefence
-from mithridate.defenses.options import canonical, fill, flatten, split_text, unknown
-from mithridate.defenses.pixel_deflection import PixelDeflectionConfig, make_pixel_deflection
-from mithridate.defenses.presets import preset_options
-from mithridate.defenses.randomization import RandomizationConfig, make_randomization
-from mithridate.defenses.region import RegionConfig, make_region
-from mithridate.defenses.rmc import RMC
-from mithridate.defenses.rmc_all import AllAdapter, AllConfig
-from mithridate.defenses.rmc_config import RMCConfig
-from mithridate.defenses.rmc_head import AdamHead
-from mithridate.defenses.rmc_tail import TailAdapter, TailConfig
-from mithridate.defenses.sap import SAPConfig, make_sap
-from mithridate.defenses.selection import SelectionConfig
+from mithridate.defenses.options import canonical, fill, split_text, unknown
+from mithridate.defenses.pixel_deflection import Deflector, PixelDeflectionConfig
+from mithridate.defenses.prm import Manipulator, PRMConfig
+from mithridate.defenses.randomization import RandomizationConfig, Resizer
+from mithridate.defenses.region import RegionConfig, Surroundings
+from mithridate.defenses.rmc_scopes import RMCOptions
+from mithridate.defenses.sampled import Sampled
+from mithridate.defenses.sap import Pruner, SAPConfig
 from mithridate.errors import OptionError
 
 DEFAULT_DEFENCES = ("none", "rmc", "webnn", "deepnn")
 """What a service offers unless told otherwise. Not ``rmc:scope=all``: one request of it keeps all others waiting."""
+
+WITH_PRM = ("prm", "prm+rmc")
+"""And these, where the bundle has a PRM."""
 
 DESCRIPTIONS = {
     "none": "the base model as it is",
     "rmc": "per image, the last layer is fitted to its nearest clean and adversarial exemplars",
     "rmc:scope=tail": "per image, the last layers are fine-tuned on the exemplars' stored activations",
     "rmc:scope=all": "per image, all weights are fine-tuned (the published procedure, reset each time): slow",
+    "prm": "the image, moved by a pixel, is rebuilt from a quarter or half of its pixels",
     "sap": "100 passes are averaged, in each a random part of all activations is dropped: 100 times the cost",
     "randomization": "the image at a random size, somewhere on a larger canvas",
     "region": "the majority vote of 1,000 points around the image: 1,000 times the cost",
@@ -50,176 +53,92 @@ Maker = Callable[[Resources], Defence]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Scope:
-    """One way to adapt: its default options, how its adapter is made, and how its name begins."""
+class _First:
+    """A defence that transforms the image: its default options, and how it is made."""
 
-    config: RMCConfig
-    make: Callable[[Resources, Any], Adapter]
-    prefix: Mapping[str, str]
-
-
-def _ridge(resources: Resources, config: RidgeConfig) -> Adapter:
-    return RidgeHead(resources=resources, config=config, scores=ExemplarScores(resources))
-
-
-_GATED = GuardConfig(gate=0.05)
-"""Do no harm: without a gate, adaptation halves what an adversarially trained base withstands; with it, it costs a
-static repair or two in a hundred (docs/rmc.md).
-"""
-
-# The options that each scope has without any: the preset ``balanced``.
-_SCOPES = {
-    ("head", "ridge"): _Scope(
-        config=RMCConfig(
-            selection=SelectionConfig(neighbors=256, temperature=0.25), adapting=RidgeConfig(), guarding=_GATED
-        ),
-        make=_ridge,
-        prefix={},
-    ),
-    ("head", "adam"): _Scope(
-        config=RMCConfig(selection=SelectionConfig(neighbors=256), adapting=AdamConfig(), guarding=_GATED),
-        make=lambda resources, config: AdamHead(resources=resources, config=config),
-        prefix={"solver": "adam"},
-    ),
-    ("tail", None): _Scope(
-        config=RMCConfig(
-            selection=SelectionConfig(neighbors=16),
-            adapting=TailConfig(learning_rate=0.01, epochs=6, batch_size=16, refit=False),
-            guarding=_GATED,
-        ),
-        make=lambda resources, config: TailAdapter(resources=resources, config=config),
-        prefix={"scope": "tail"},
-    ),
-    ("all", None): _Scope(
-        config=RMCConfig(
-            selection=SelectionConfig(neighbors=16),
-            adapting=AllConfig(learning_rate=0.003, epochs=6, batch_size=16),
-            guarding=_GATED,
-        ),
-        make=lambda resources, config: AllAdapter(resources=resources, config=config),
-        prefix={"scope": "all"},
-    ),
-}
+    config: Any
+    make: Callable[[Resources, Any], Transform]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Other:
-    """A defence whose options do not depend on anything: the default ones, and how it is made."""
+class _Last:
+    """One that averages passes."""
+
+    config: Any
+    make: Callable[[Resources, Any], Sampler]
+    reduce: Literal["softmax", "vote"] = "softmax"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Alone:
+    """One that is no stage."""
 
     config: Any
     make: Callable[[Resources, Any], Defence]
 
 
-_OTHERS: Mapping[str, _Other] = {
-    "sap": _Other(config=SAPConfig(), make=make_sap),
-    "randomization": _Other(config=RandomizationConfig(), make=make_randomization),
-    "region": _Other(config=RegionConfig(), make=make_region),
-    "pixel-deflection": _Other(config=PixelDeflectionConfig(), make=make_pixel_deflection),
-    "webnn": _Other(
+_FIRST: Mapping[str, _First] = {
+    "prm": _First(config=PRMConfig(), make=lambda resources, config: Manipulator(resources=resources, config=config)),
+    "randomization": _First(
+        config=RandomizationConfig(), make=lambda resources, config: Resizer(resources=resources, config=config)
+    ),
+    "pixel-deflection": _First(config=PixelDeflectionConfig(), make=lambda _, config: Deflector(config=config)),
+}
+_LAST: Mapping[str, _Last] = {
+    "sap": _Last(config=SAPConfig(), make=lambda resources, config: Pruner(resources=resources, config=config)),
+    "region": _Last(
+        config=RegionConfig(),
+        make=lambda resources, config: Surroundings(resources=resources, config=config),
+        reduce="vote",
+    ),
+}
+_ALONE: Mapping[str, _Alone] = {
+    "webnn": _Alone(
         config=NeighborVoteConfig(),
         make=lambda resources, config: NeighborVote(resources=resources, kind="webnn", config=config),
     ),
-    "deepnn": _Other(
+    "deepnn": _Alone(
         config=NeighborVoteConfig(),
         make=lambda resources, config: NeighborVote(resources=resources, kind="deepnn", config=config),
     ),
-    "knn-oat": _Other(config=KNNOATConfig(), make=lambda resources, config: KNNOAT(resources=resources, config=config)),
+    "knn-oat": _Alone(config=KNNOATConfig(), make=lambda resources, config: KNNOAT(resources=resources, config=config)),
 }
 
-NAMES = ("none", "rmc", *_OTHERS)
+NAMES = ("none", "rmc", *_FIRST, *_LAST, *_ALONE)
+
+_ORDER = ("transform", "adapt", "average")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stage:
+    """One part of a defence's text, read: ``options`` is a config, or RMCOptions for ``rmc``."""
+
+    family: str
+    options: Any
+
+    @property
+    def kind(self) -> str | None:
+        """Which stage this is, None where it stands alone."""
+        if self.family == "rmc":
+            return "adapt"
+        return "transform" if self.family in _FIRST else "average" if self.family in _LAST else None
+
+    def name(self, resources: Resources) -> str:
+        """The canonical text."""
+        if isinstance(self.options, RMCOptions):
+            return self.options.name(resources)
+        return self.family if self.options is None else canonical(self.family, self.options, type(self.options)())
 
 
 def parse_defence(text: str) -> Maker:
-    """``none``, ``rmc[:scope=head|tail|all,preset=NAME,...]``, or another of ``NAMES`` with its options.
+    """``none``, ``rmc[:scope=head|tail|all,preset=NAME,...]``, another of ``NAMES`` with its options, or stages joined
+    by ``+`` (or a space, which is what a ``+`` in a URL says).
 
-    Gives what makes the defence out of a bundle's resources. Raises OptionError for unknown names and options.
+    Gives what makes the defence out of a bundle's resources. Raises OptionError for unknown names and options, and for
+    stages that do not go together.
     """
-    name, options = split_text(text)
-    if name == "rmc":
-        return _parse_rmc(options)
-    if name == "none":
-        if options:
-            raise OptionError(f"none takes no options; seen: {text!r}")
-        return lambda resources: NoDefence(resources=resources)
-    if name not in _OTHERS:
-        raise OptionError(unknown("defence", name, NAMES))
-    other = _OTHERS[name]
-    config = fill(other.config, options, of=name)
-    return lambda resources: other.make(resources, config)
-
-
-def _parse_rmc(options: dict[str, str]) -> Maker:
-    full = _rmc_options(options)
-    if full is not None:
-        _read_rmc(full)  # says now what is wrong with it
-    return lambda resources: _make_rmc(_tuned(resources, options) if full is None else full, resources)
-
-
-def _rmc_options(options: Mapping[str, str]) -> Mapping[str, str] | None:
-    """With the preset's in place; None where a bundle's tuning decides. Without a preset that is ``balanced``."""
-    name = options.get("preset")
-    rest = {key: value for key, value in options.items() if key != "preset"}
-    if name == "tuned":
-        for key in ("scope", "solver"):
-            if key in rest:
-                raise OptionError(f"rmc: preset=tuned brings its own {key}; leave out {key}={rest[key]}")
-        known = {key for scope in _SCOPES.values() for key in flatten(scope.config)}
-        for key in rest:
-            if key not in known:
-                raise OptionError(unknown("option of rmc", key, known))
-    if name == "tuned" or not options:
-        return None
-    scope = rest.get("scope", "head")
-    scopes = {scope for scope, _ in _SCOPES}
-    if scope not in scopes:
-        raise OptionError(unknown("scope", scope, scopes))
-    preset = preset_options(name or "balanced", scope)
-    solver = preset.get("solver", "ridge")
-    if scope == "head" and preset and rest.get("solver", solver) != solver:
-        raise OptionError(f"rmc: preset={name} is for solver={solver}; leave out solver={rest['solver']}")
-    return {**preset, **rest}
-
-
-def _tuned(resources: Resources, options: Mapping[str, str]) -> Mapping[str, str]:
-    """What the bundle was tuned to, and ``options`` beside it. Raises OptionError where it must have been and was
-    not.
-    """
-    rest = {key: value for key, value in options.items() if key != "preset"}
-    if resources.tuning is not None:
-        return {**split_text(resources.tuning)[1], **rest}
-    if "preset" in options:
-        raise OptionError("this bundle has not been tuned; run mithridate bench BUNDLE --tune, or name another preset")
-    return {**preset_options("balanced", "head"), **rest}
-
-
-def _read_rmc(options: Mapping[str, str]) -> tuple[_Scope, RMCConfig]:
-    rest = dict(options)
-    scope, solver = rest.pop("scope", "head"), rest.pop("solver", None)
-    if scope == "head":
-        solver = solver or "ridge"
-        if solver not in ("ridge", "adam"):
-            raise OptionError(unknown("solver", solver, ("ridge", "adam")))
-    elif solver is not None:
-        raise OptionError(f"rmc:scope={scope} has no choice of solvers; solver belongs to scope=head")
-    found = _SCOPES[scope, solver]
-    of = "rmc" + (":" + ",".join(f"{k}={v}" for k, v in found.prefix.items()) if found.prefix else "")
-    return found, fill(found.config, rest, of=of)
-
-
-def _rmc_name(scope: _Scope, config: RMCConfig, resources: Resources) -> str:
-    name = canonical("rmc", config, scope.config, prefix=scope.prefix)
-    return "rmc:preset=balanced" if name == "rmc" and resources.tuning is not None else name
-
-
-def _make_rmc(options: Mapping[str, str], resources: Resources) -> Defence:
-    scope, config = _read_rmc(options)
-    return RMC(
-        name=_rmc_name(scope, config, resources),
-        resources=resources,
-        adapter=scope.make(resources, config.adapting),
-        selection=config.selection,
-        guarding=config.guarding,
-    )
+    stages = _read(text)
+    return lambda resources: _make(stages, resources)
 
 
 def build_defence(text: str, resources: Resources) -> Defence:
@@ -229,19 +148,115 @@ def build_defence(text: str, resources: Resources) -> Defence:
 
 def defence_name(text: str, resources: Resources) -> str:
     """The canonical name of what ``text`` names. Makes nothing: a service asks this of whatever a request says."""
-    name, options = split_text(text)
-    if name == "rmc":
-        full = _rmc_options(options)
-        return _rmc_name(*_read_rmc(_tuned(resources, options) if full is None else full), resources)
-    if name in _OTHERS:
-        config = _OTHERS[name].config
-        return canonical(name, fill(config, options, of=name), config)
-    parse_defence(text)  # none, or it says what is wrong
-    return name
+    return _name(_read(text), resources)
 
 
 def describe_defence(defence: Defence) -> str:
     """One sentence on what a defence does."""
-    family, options = split_text(defence.name)
-    scope = f"{family}:scope={options.get('scope')}"
-    return DESCRIPTIONS.get(scope, DESCRIPTIONS[family])
+    said = []
+    for part in _parts(defence.name):
+        family, options = split_text(part)
+        scope = f"{family}:scope={options.get('scope')}"
+        said.append(DESCRIPTIONS.get(scope, DESCRIPTIONS[family]))
+    return "; then ".join(said)
+
+
+def servable_defences(resources: Resources) -> tuple[str, ...]:
+    """Every defence that may make sense on ``resources``, with its default options: all single ones but what is for
+    offline comparison, and the compositions of PRM, RMC and SAP. Some networks do not take some of them.
+    """
+    alone = [name for name in ("none", "rmc", *_FIRST, *_LAST, *_ALONE) if name != "knn-oat"]
+    found = [*alone, "prm+rmc", "prm+sap", "rmc+sap", "prm+rmc+sap"]
+    return tuple(text for text in found if resources.prms or "prm" not in _parts(text))
+
+
+def _parts(text: str) -> list[str]:
+    """A number may have a ``+`` of its own, as in 1e+3; a name begins with a letter."""
+    return re.split(r"[+ ](?=[^\W\d_])", text.strip())
+
+
+def _read(text: str) -> tuple[_Stage, ...]:
+    stages = tuple(_read_stage(part) for part in _parts(text))
+    kinds = [stage.kind for stage in stages]
+    if len(stages) > 1:
+        for stage in stages:
+            if stage.kind is None:
+                raise OptionError(f"{stage.family} stands alone and is no stage of {text!r}; {_grammar()}")
+        places = [_ORDER.index(str(kind)) for kind in kinds]
+        if any(later <= earlier for earlier, later in pairwise(places)):
+            seen = ", ".join(f"{stage.family} ({stage.kind})" for stage in stages)
+            raise OptionError(f"{text!r} is not in order, or has two stages of a kind: {seen}; {_grammar()}")
+        if kinds[0] == "transform" and stages[0].options.passes != 1:
+            raise OptionError(
+                f"{stages[0].family}: passes={stages[0].options.passes} cannot be followed by another stage, which "
+                "sees one image; leave passes out"
+            )
+    return stages
+
+
+def _grammar() -> str:
+    return f"allowed: at most one each of {' | '.join(_FIRST)}, then rmc, then {' | '.join(_LAST)}, as in prm+rmc+sap"
+
+
+def _read_stage(text: str) -> _Stage:
+    name, options = split_text(text)
+    if name == "rmc":
+        return _Stage(family=name, options=RMCOptions(options))
+    if name == "none":
+        if options:
+            raise OptionError(f"none takes no options; seen: {text!r}")
+        return _Stage(family=name, options=None)
+    found = _FIRST.get(name) or _LAST.get(name) or _ALONE.get(name)
+    if found is None:
+        raise OptionError(unknown("defence", name, NAMES))
+    return _Stage(family=name, options=fill(found.config, options, of=name))
+
+
+def _name(stages: Sequence[_Stage], resources: Resources) -> str:
+    return "+".join(stage.name(resources) for stage in stages)
+
+
+def _make(stages: Sequence[_Stage], resources: Resources) -> Defence:
+    name, by_kind = _name(stages, resources), {stage.kind: stage for stage in stages}
+    if None in by_kind:
+        alone = by_kind[None]
+        return (
+            NoDefence(resources=resources)
+            if alone.family == "none"
+            else _ALONE[alone.family].make(resources, alone.options)
+        )
+    transform, adapt, average = (by_kind.get(kind) for kind in _ORDER)
+    averaging = _averaging(average, resources) if average else None
+    if transform and not (adapt or average):
+        return Sampled(name=name, resources=resources, averaging=_transforming(transform, resources))
+    first = _first_stage(transform, resources) if transform else None
+    if adapt:
+        made: Defence = adapt.options.make(resources, first=first, average=averaging, name=name)
+        return made
+    assert averaging is not None
+    return Sampled(name=name, resources=resources, averaging=averaging, first=first)
+
+
+def _averaging(stage: _Stage, resources: Resources) -> Averaging:
+    last = _LAST[stage.family]
+    return Averaging(
+        sampler=last.make(resources, stage.options),
+        passes=stage.options.passes,
+        attack_passes=stage.options.attack_passes,
+        reduce=last.reduce,
+    )
+
+
+def _transforming(stage: _Stage, resources: Resources) -> Averaging:
+    transform = _FIRST[stage.family].make(resources, stage.options)
+    return Averaging(
+        sampler=Transformed(transform=transform, bytes_a_row=bytes_of_a_pass(resources)),
+        passes=stage.options.passes,
+        attack_passes=stage.options.attack_passes,
+    )
+
+
+def _first_stage(stage: _Stage, resources: Resources) -> FirstStage:
+    return FirstStage(
+        transform=_FIRST[stage.family].make(resources, stage.options), attack_passes=stage.options.attack_passes
+    )

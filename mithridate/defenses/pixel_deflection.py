@@ -7,16 +7,14 @@ gradients that take the transformation for the identity (Athalye and Carlini 201
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from mithridate.defenses.base import Resources
+from mithridate.defenses.averaging import Generators
 from mithridate.defenses.options import require
-from mithridate.defenses.sampled import Run, Sampled, bytes_of_a_pass, sampled
-from mithridate.types import Images, Logits
+from mithridate.types import Images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,37 +38,23 @@ class PixelDeflectionConfig:
         require("pixel-deflection", "attack_passes", self.attack_passes, 1, 100_000)
 
 
-def make_pixel_deflection(resources: Resources, config: PixelDeflectionConfig) -> Sampled:
-    return sampled("pixel-deflection", resources, config, Deflector(resources=resources, config=config))
-
-
 @dataclass(frozen=True, kw_only=True)
 class Deflector:
-    """A pass sees the image with other pixels deflected."""
+    """The image with some values deflected."""
 
-    resources: Resources
     config: PixelDeflectionConfig
 
-    @property
-    def bytes_a_row(self) -> int:
-        return bytes_of_a_pass(self.resources)
+    def apply(self, images: Images, generators: Generators) -> Images:
+        return denoise(deflect(images, self.config, generators), self.config.sigma)
 
-    def begin(self, images: Images) -> Run:
-        def run(generators: Sequence[torch.Generator], copies: int) -> Logits:
-            copied = images.repeat_interleave(copies, 0)
-            with torch.no_grad():
-                changed = denoise(deflect(copied, self.config, generators), self.config.sigma)
-            # Forward what was changed, backward the identity (BPDA); without gradients that is the same.
-            logits: Logits = self.resources.classifier(copied + (changed - copied).detach())
-            return logits
-
-        return run
-
-    def begin_attack(self, images: Images) -> Run:
-        return self.begin(images)
+    def apply_attack(self, images: Images, generators: Generators, copies: int) -> Images:
+        """Forward what was changed, backward the identity (BPDA)."""
+        with torch.no_grad():
+            changed = self.apply(images, generators)
+        return images + (changed - images).detach()
 
 
-def deflect(images: Images, config: PixelDeflectionConfig, generators: Sequence[torch.Generator]) -> Images:
+def deflect(images: Images, config: PixelDeflectionConfig, generators: Generators) -> Images:
     """``[R, C, H, W]`` to the same; one deflection at a time for all rows, as a later one may take up an earlier."""
     rows, channels, height, width = images.shape
     shape = (5, config.deflections)

@@ -81,6 +81,13 @@ class PrivateWeights:
         """For one caller; shares nothing that running it changes."""
         return WeightedNetwork(_sharing_weights(self._module), self._pieces, channels_last=self._channels_last)
 
+    def parameters(self, weights: torch.Tensor) -> dict[int, nn.Parameter]:
+        """The parameters in a weight vector ``[P]``, by the ``id`` of the network's own parameter."""
+        own = dict(self._module.named_parameters())
+        parts = weights.detach().split(list(self._pieces.values()))
+        cut = ((piece, piece.cut(part).contiguous()) for piece, part in zip(self._pieces, parts, strict=True))
+        return {id(own[piece.name]): nn.Parameter(value, requires_grad=False) for piece, value in cut}
+
     def _adopt(self, module: nn.Module, *, channels_last: bool) -> None:
         self._module, self._channels_last = module, channels_last
         named = dict(module.named_parameters())

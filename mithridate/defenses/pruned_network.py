@@ -6,6 +6,7 @@ runs on several copies of every image, in one batch.
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -50,11 +51,17 @@ class ChangedTrunk:
             if name not in names:
                 raise OptionError(f"the network has no activation function {name!r}; allowed: {', '.join(names)}")
         self.names = tuple(name for name in names if name in chosen)
-        self._classifier, self._trunk = classifier, trunk
+        self._classifier, self._layers = classifier, _layers(trunk)
         self._changed = {node for node in nodes if node.name in chosen}
         self._head_input: fx.Node = nodes[-1].args[0][1]
         self._of_images = _downstream({node for node in nodes if node.op == "placeholder"})
         self.sizes = self._probe(nodes)
+
+    def with_layers(self, change: Callable[[nn.Module], nn.Module]) -> ChangedTrunk:
+        """The same with ``change(layers)`` in the place of its layers: same names, same shapes, other weights."""
+        other = copy.copy(self)
+        other._layers = change(self._layers)
+        return other
 
     def begin(self, images: torch.Tensor) -> Passes:
         """``[N, C, H, W]``: runs what all passes share."""
@@ -102,7 +109,7 @@ class Passes:
         self, program: _Program, values: dict[fx.Node, Any], inputs: torch.Tensor, change: Change | None
     ) -> None:
         for node, done_with in program:
-            value = _value(self._trunk._trunk, node, values, inputs)
+            value = _value(self._trunk._layers, node, values, inputs)
             values[node] = change(value) if change is not None and node in self._trunk._changed else value
             for used in done_with:
                 values.pop(used, None)
@@ -123,6 +130,18 @@ class _Copies(dict[fx.Node, Any]):
         return value
 
 
+def _layers(traced: fx.GraphModule) -> nn.Module:
+    """What the graph calls and reads, without the graph: copying one compiles it again."""
+    layers = nn.Module()
+    for name, child in traced.named_children():
+        layers.add_module(name, child)
+    for name, parameter in traced.named_parameters(recurse=False):
+        layers.register_parameter(name, parameter)
+    for name, buffer in traced.named_buffers(recurse=False):
+        layers.register_buffer(name, buffer)
+    return layers.eval()
+
+
 _Program = list[tuple[fx.Node, tuple[fx.Node, ...]]]
 """Nodes in the order in which they run, each with those whose values are not needed any more behind it."""
 
@@ -138,7 +157,7 @@ def _program(nodes: list[fx.Node], kept: set[fx.Node]) -> _Program:
     return program[::-1]
 
 
-def _value(module: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any], inputs: torch.Tensor) -> Any:
+def _value(module: nn.Module, node: fx.Node, values: dict[fx.Node, Any], inputs: torch.Tensor) -> Any:
     target = str(node.target)
     if node.op == "placeholder":
         return inputs

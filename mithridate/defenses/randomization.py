@@ -7,17 +7,16 @@ Xie, Wang, Zhang, Ren, Yuille: Mitigating Adversarial Effects Through Randomizat
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
+from mithridate.defenses.averaging import Generators
 from mithridate.defenses.base import Resources
 from mithridate.defenses.options import require
-from mithridate.defenses.sampled import Run, Sampled, bytes_of_a_pass, sampled
 from mithridate.errors import ModelError
-from mithridate.types import Images, Logits
+from mithridate.types import Images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,14 +41,9 @@ class RandomizationConfig:
         require("randomization", "attack_passes", self.attack_passes, 1, 100_000)
 
 
-def make_randomization(resources: Resources, config: RandomizationConfig) -> Sampled:
-    """Raises ModelError where the network does not take the larger canvas."""
-    return sampled("randomization", resources, config, Resizer(resources=resources, config=config))
-
-
 @dataclass(frozen=True, kw_only=True)
 class Resizer:
-    """A pass sees the image at a size and place of its own."""
+    """The image at a size and place of its own. Raises ModelError where the network does not take the larger canvas."""
 
     resources: Resources
     config: RandomizationConfig
@@ -59,30 +53,18 @@ class Resizer:
         example = torch.zeros(1, *classifier.spec.image_shape, device=classifier.device)
         try:
             with torch.no_grad():
-                self.begin(example)([torch.Generator()], 1)
+                classifier(self.apply(example, [torch.Generator()]))
         except Exception as error:  # a network may raise anything for a size that it does not take
             raise ModelError(
                 f"{classifier.spec.arch} does not take images larger than {classifier.spec.image_shape[1]} pixels; use "
                 "randomization:size=keep"
             ) from error
 
-    @property
-    def bytes_a_row(self) -> int:
-        return bytes_of_a_pass(self.resources)
-
-    def begin(self, images: Images) -> Run:
-        def run(generators: Sequence[torch.Generator], copies: int) -> Logits:
-            moved = self._moved(images.repeat_interleave(copies, 0), generators)
-            logits: Logits = self.resources.classifier(moved)
-            return logits
-
-        return run
-
-    def begin_attack(self, images: Images) -> Run:
+    def apply_attack(self, images: Images, generators: Generators, copies: int) -> Images:
         """The exact gradient: a nearest-neighbour resize copies pixels."""
-        return self.begin(images)
+        return self.apply(images, generators)
 
-    def _moved(self, images: Images, generators: Sequence[torch.Generator]) -> Images:
+    def apply(self, images: Images, generators: Generators) -> Images:
         sides = images.shape[2:]
         draws = torch.stack([torch.rand(4, generator=generator, dtype=torch.float64) for generator in generators])
         for axis, side in enumerate(sides):
@@ -96,7 +78,7 @@ class Resizer:
             source = (place * side // size[:, None]).clamp(0, side - 1)
             if axis == 1 and self.config.flip:
                 source = torch.where(draws[:, 3:] < 0.5, side - 1 - source, source)
-            images = _taken(images, source.to(images.device), inside.to(images.device), 2 + axis, self.config.fill)
+            images = taken(images, source.to(images.device), inside.to(images.device), 2 + axis, self.config.fill)
         return images
 
 
@@ -105,11 +87,11 @@ def canvas_of(side: int) -> int:
     return math.ceil(side * 331 / 299)
 
 
-def _taken(images: Images, source: torch.Tensor, inside: torch.Tensor, axis: int, fill: float) -> Images:
+def taken(images: Images, source: torch.Tensor, inside: torch.Tensor, axis: int, fill: torch.Tensor | float) -> Images:
     """``[R, C, H, W]`` with ``source`` ``[R, canvas]`` along ``axis``, and ``fill`` where not ``inside``."""
     shape = [len(images), 1, 1, 1]
     shape[axis] = source.shape[1]
     full = [*images.shape]
     full[axis] = source.shape[1]
-    taken = images.gather(axis, source.view(shape).expand(full))
-    return torch.where(inside.view(shape), taken, fill)
+    found = images.gather(axis, source.view(shape).expand(full))
+    return torch.where(inside.view(shape), found, fill)

@@ -5,14 +5,14 @@ Cao and Gong: Mitigating Evasion Attacks to Deep Neural Networks via Region-base
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from mithridate.defenses.averaging import Generators, Run, bytes_of_a_pass
 from mithridate.defenses.base import Resources
+from mithridate.defenses.networks import Network
 from mithridate.defenses.options import require
-from mithridate.defenses.sampled import Run, Sampled, bytes_of_a_pass, sampled
 from mithridate.types import Images, Logits
 
 
@@ -35,36 +35,33 @@ class RegionConfig:
         require("region", "attack_passes", self.attack_passes, 1, 100_000)
 
 
-def make_region(resources: Resources, config: RegionConfig) -> Sampled:
-    channels = resources.classifier.spec.image_shape[0]
-    radius = config.radius if config.radius is not None else (0.3 if channels == 1 else 0.02)
-    return sampled("region", resources, config, Surroundings(resources=resources, radius=radius), reduce="vote")
-
-
 @dataclass(frozen=True, kw_only=True)
 class Surroundings:
     """A pass sees a point nearby."""
 
     resources: Resources
-    radius: float
+    config: RegionConfig
+
+    @property
+    def radius(self) -> float:
+        """In pixel values, 0 to 1."""
+        if self.config.radius is not None:
+            return self.config.radius
+        return 0.3 if self.resources.classifier.spec.image_shape[0] == 1 else 0.02
 
     @property
     def bytes_a_row(self) -> int:
         return bytes_of_a_pass(self.resources)
 
-    def begin(self, images: Images) -> Run:
-        classifier = self.resources.classifier
-
-        def run(generators: Sequence[torch.Generator], copies: int) -> Logits:
+    def begin(self, images: Images, network: Network) -> Run:
+        def run(generators: Generators, copies: int) -> Logits:
             noise = torch.empty(len(images) * copies, *images.shape[1:])
             for row, generator in zip(noise, generators, strict=True):
                 row.uniform_(-self.radius, self.radius, generator=generator)
-            points = (images.repeat_interleave(copies, 0) + noise.to(images)).clamp(0, 1)
-            logits: Logits = classifier(points)
-            return logits
+            return network.logits((images.repeat_interleave(copies, 0) + noise.to(images)).clamp(0, 1))
 
         return run
 
-    def begin_attack(self, images: Images) -> Run:
+    def begin_attack(self, images: Images, network: Network) -> Run:
         """The exact gradient at the points."""
-        return self.begin(images)
+        return self.begin(images, network)

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from mithridate.defenses.adapting import Adapted, Adapter, Query
+from mithridate.defenses.adapting import Adapted, Adapter, Query, join
+from mithridate.defenses.averaging import Averaging, FirstStage
 from mithridate.defenses.base import (
     Adaptation,
     Batch,
@@ -28,15 +29,18 @@ from mithridate.defenses.base import (
     draw_seed,
 )
 from mithridate.defenses.guard import GuardConfig, guard, guarded_logits, neighbor_votes
-from mithridate.defenses.none import base_pass
+from mithridate.defenses.networks import Network
+from mithridate.defenses.none import BasePass, base_pass
 from mithridate.defenses.selection import SelectionConfig, Selector
+from mithridate.errors import BudgetExceededError
 from mithridate.types import Images, Logits
 
 
 @dataclass(frozen=True, kw_only=True)
 class RMC:
     """Serves ``rmc`` in every scope: what ``adapter`` adapts, on what ``selection`` selects, let through by
-    ``guarding``.
+    ``guarding``. It may be the middle one of three stages: ``first`` transforms the images, and ``average`` takes the
+    mean of many passes of the adapted network, and of the base model where that answers.
     """
 
     name: str
@@ -44,6 +48,8 @@ class RMC:
     adapter: Adapter
     selection: SelectionConfig
     guarding: GuardConfig
+    first: FirstStage | None = None
+    average: Averaging | None = None
     _selector: Selector = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -52,34 +58,46 @@ class RMC:
     @property
     def batches(self) -> bool:
         """Whether requests gain by being answered together."""
-        return self.adapter.batches
+        return self.adapter.batches and self.average is None
 
     def predict(self, images: Images, *, generator: torch.Generator, budget: Budget) -> Prediction:
         return answer_one(self.predict_together, images, generator, budget)
 
     @torch.no_grad()
     def predict_together(self, requests: Sequence[Request]) -> list[Outcome]:
-        return answer_together(requests, self.resources.classifier.device, self._answer)
+        device = self.resources.classifier.device
+        if self.average is None:
+            return answer_together(requests, device, self._answer)
+        # Between passes a budget may end, and then only its own request has no answer.
+        return [outcome for request in requests for outcome in self._answer_alone(request, device)]
+
+    def _answer_alone(self, request: Request, device: torch.device) -> list[Outcome]:
+        try:
+            return answer_together([request], device, self._answer)
+        except BudgetExceededError as error:
+            return [error]
 
     def _answer(self, batch: Batch) -> Prediction:
         classifier, exemplars = self.resources.classifier, self.resources.exemplars
         clock = PhaseClock(classifier.device)
         with clock.phase("embed"):
             base = base_pass(classifier, batch.images)
+            base_scores, images = base.logits.softmax(1).float(), batch.images
+            if self.first is not None:
+                images = self.first.apply(batch)
+                base = base_pass(classifier, images)
         with clock.phase("search"):
-            selection = self._selector.select(base.embedding)
-            query = Query(images=batch.images, base=base, selection=selection, budgets=batch.budgets, seeds=batch.seeds)
+            query = self._query(images, base, batch.budgets, batch.seeds)
         with clock.phase("adapt"):
-            adapted = self._adapt(query)
+            query, adapted = self._adapt(query)
         with clock.phase("predict"):
             guarded = guard(query, adapted, self._votes(query), self.guarding)
-            scores, base_scores = guarded.scores.float().cpu(), base.logits.softmax(1).float().cpu()
             abstained = None if guarded.abstained is None else guarded.abstained.cpu()
-            nearest = selection.by_distance()
+            nearest = query.selection.by_distance()
             described = describe_neighbors(nearest.neighbors, exemplars, nearest.weights > 0)
         return Prediction(
-            scores=scores,
-            base_scores=base_scores,
+            scores=guarded.scores.float().cpu(),
+            base_scores=base_scores.cpu(),
             adaptations=guarded.adaptations,
             neighborhoods=described,
             seconds=clock.seconds,
@@ -88,50 +106,90 @@ class RMC:
 
     def surrogate(self, images: Images, *, generator: torch.Generator, budget: Budget) -> Logits:
         """Adapts to these very images. Which exemplars are chosen is held constant (BPDA); the adapted weights too, but
-        for the closed-form head, through which the gradient goes, and through the soft weights where they are on."""
+        for the closed-form head, through which the gradient goes, and through the soft weights where they are on. A
+        transform before it is averaged over: every draw is adapted to."""
         budget.check()
-        classifier = self.resources.classifier
-        base = base_pass(classifier, images)
-        query = Query(
+
+        def attack(seen: Images, generator: torch.Generator) -> Logits:
+            count = len(seen)
+            query = self._query(
+                seen,
+                base_pass(self.resources.classifier, seen),
+                (budget,) * count,
+                (draw_seed(generator),) * count,
+                attacking=True,
+            )
+            query, adapted = self._adapt(query)
+            return guarded_logits(query, adapted, self._votes(query), self.guarding)
+
+        return attack(images, generator) if self.first is None else self.first.attack(images, generator, attack)
+
+    def _query(
+        self,
+        images: Images,
+        base: BasePass,
+        budgets: tuple[Budget, ...],
+        seeds: tuple[int, ...],
+        *,
+        attacking: bool = False,
+    ) -> Query:
+        average = self._attacked if attacking else self._averaged
+        return Query(
             images=images,
             base=base,
             selection=self._selector.select(base.embedding),
-            budgets=(budget,) * len(images),
-            seeds=(draw_seed(generator),) * len(images),
+            budgets=budgets,
+            seeds=seeds,
+            average=None if self.average is None else average,
         )
-        return guarded_logits(query, self._adapt(query), self._votes(query), self.guarding)
+
+    def _averaged(self, query: Query, network: Network) -> Logits:
+        assert self.average is not None
+        scores = self.average.scores(query.images, query.seeds, query.budgets[0], network)
+        return scores.clamp_min(torch.finfo(scores.dtype).tiny).log()
+
+    def _attacked(self, query: Query, network: Network) -> Logits:
+        assert self.average is not None
+        return self.average.attack(query.images, query.seeds, network)
 
     def agreement(self, images: Images) -> torch.Tensor:
         """``[N]``: what base, neighbours and answer all grant the answer's class; ``abstain`` is a threshold on
         this.
         """
         with torch.no_grad():
-            base = base_pass(self.resources.classifier, images.to(self.resources.classifier.device))
-            count = len(images)
-            query = Query(
-                images=images.to(self.resources.classifier.device),
-                base=base,
-                selection=self._selector.select(base.embedding),
-                budgets=(Budget(),) * count,
-                seeds=(0,) * count,
-            )
-            return guard(query, self._adapt(query), self._votes(query), self.guarding).agreement.cpu()
+            images, count = images.to(self.resources.classifier.device), len(images)
+            query = self._query(images, base_pass(self.resources.classifier, images), (Budget(),) * count, (0,) * count)
+            query, adapted = self._adapt(query)
+            return guard(query, adapted, self._votes(query), self.guarding).agreement.cpu()
 
     def _votes(self, query: Query) -> torch.Tensor:
         labels = self.resources.exemplars.gather_labels(query.selection.ids, query.base.logits.device)
         weights = query.selection.weights.detach().to(labels.device)
         return neighbor_votes(labels, weights, query.base.logits.shape[1])
 
-    def _adapt(self, query: Query) -> Adapted:
+    def _adapt(self, query: Query) -> tuple[Query, Adapted]:
+        """Gives the query back with the base model's answer as it now is: averaged, where the adapted one is."""
+        adapted = self._adapt_in_parts(query)
+        if adapted.base_logits is not None:
+            query = replace(query, base=replace(query.base, logits=adapted.base_logits))
+        return query, adapted
+
+    def _adapt_in_parts(self, query: Query) -> Adapted:
         """Images that have no neighbour within the radius keep the base weights."""
         alone = query.selection.weights.detach().sum(1) == 0
         if not bool(alone.any()):
-            return self.adapter.adapt(query)
+            return self._adapt_all(query)
         # A single neighbour of equal weight stands in, so that the arithmetic goes through; its result does not count.
         weights = torch.where(alone[:, None], 1.0 / query.selection.weights.shape[1], query.selection.weights)
-        adapted = self.adapter.adapt(replace(query, selection=replace(query.selection, weights=weights)))
+        adapted = self._adapt_all(replace(query, selection=replace(query.selection, weights=weights)))
         untouched = Adaptation(steps=0, stop_reason="converged", weights="base")
         fates = tuple(
             untouched if flag else fate for flag, fate in zip(alone.tolist(), adapted.adaptations, strict=True)
         )
         return replace(adapted, adaptations=fates)
+
+    def _adapt_all(self, query: Query) -> Adapted:
+        if self.average is None:
+            return self.adapter.adapt(query)
+        rows = self.average.images_at_a_time
+        return join([self.adapter.adapt(query.rows(start, start + rows)) for start in range(0, len(query), rows)])

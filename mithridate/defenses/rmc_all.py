@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from mithridate.defenses.adapting import Adapted, Query, join
+from mithridate.defenses.adapting import Adapted, Query, average_privately, join
 from mithridate.defenses.base import Resources
 from mithridate.defenses.fine_tuning import FineTuning, Plan, check
 from mithridate.defenses.learner import Examples, Learner, Precision, chooses_bfloat16
@@ -97,6 +97,9 @@ class AllAdapter:
                 budgets=query.budgets,
                 seeds=query.seeds,
             ).run()
+        if query.average is not None:
+            adapted = self._private.parameters(tuned.weights) if tuned.kept else None
+            return average_privately(query, classifier, (tuned.adaptation,), [adapted])
         logits = network(tuned.weights, classifier.normalise(query.images)) if tuned.kept else query.base.logits
         return Adapted(logits=logits, adaptations=(tuned.adaptation,))
 

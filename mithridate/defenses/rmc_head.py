@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mithridate.defenses.adapting import Adapted, Query, join
+from mithridate.defenses.adapting import Adapted, Query, average_heads, join
 from mithridate.defenses.base import Resources
 from mithridate.defenses.head_adam import AdamConfig, fit_heads
 
@@ -52,7 +52,6 @@ class AdamHead:
                 query.budgets,
                 held,
             )
-        return Adapted(
-            logits=fit.logits(query.base.head_input),
-            adaptations=fit.adaptations,
-        )
+        if query.average is not None:
+            return average_heads(query, self.resources.classifier, fit.adaptations, fit.logits)
+        return Adapted(logits=fit.logits(query.base.head_input), adaptations=fit.adaptations)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from mithridate.defenses.adapting import Adapted, Query, join
+from mithridate.defenses.adapting import Adapted, Query, average_privately, join
 from mithridate.defenses.base import Budget, Resources
 from mithridate.defenses.fine_tuning import FineTuning, Plan, Tuned, check
 from mithridate.defenses.learner import Examples, Learner, Precision, chooses_bfloat16, runs_together
@@ -99,11 +99,14 @@ class TailAdapter:
         )
         with torch.no_grad():
             tuned = self._tune(learner, query)
+        adaptations = tuple(fate.adaptation for fate in tuned)
+        if query.average is not None:
+            adapted = [self._private.parameters(fate.weights) if fate.kept else None for fate in tuned]
+            return average_privately(query, self.resources.classifier, adaptations, list(adapted))
         logits = [
             network(fate.weights, activation[row : row + 1]) if fate.kept else query.base.logits[row : row + 1]
             for row, fate in enumerate(tuned)
         ]
-        adaptations = tuple(fate.adaptation for fate in tuned)
         return Adapted(logits=torch.cat(logits), adaptations=adaptations)
 
     def _tune(self, learner: Learner, query: Query) -> list[Tuned]:

@@ -8,17 +8,17 @@ what breaks it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 
+from mithridate.defenses.averaging import Generators, Run
 from mithridate.defenses.base import Resources
+from mithridate.defenses.networks import Network
 from mithridate.defenses.options import require
 from mithridate.defenses.pruned_network import ChangedTrunk
 from mithridate.defenses.pruning import Sampling, prune
-from mithridate.defenses.sampled import Run, Sampled, sampled
 from mithridate.types import Images, Logits
 
 _BYTES_A_NUMBER = 64
@@ -49,14 +49,12 @@ class SAPConfig:
         require("sap", "attack_passes", self.attack_passes, 1, 100_000)
 
 
-def make_sap(resources: Resources, config: SAPConfig) -> Sampled:
-    """Raises ModelError for a network that cannot be traced or has no linear layer at its end."""
-    return sampled("sap", resources, config, Pruner(resources=resources, config=config))
-
-
 @dataclass(frozen=True, kw_only=True)
 class Pruner:
-    """A pass drops a part of every activation."""
+    """A pass drops a part of every activation.
+
+    Raises ModelError for a network that cannot be traced or has no linear layer at its end.
+    """
 
     resources: Resources
     config: SAPConfig
@@ -71,18 +69,17 @@ class Pruner:
     def bytes_a_row(self) -> int:
         return int(_BYTES_A_NUMBER * max(self.trunk.sizes) * max(1.0, self.config.fraction))
 
-    def begin(self, images: Images) -> Run:
-        return self._run(images, straight=False)
+    def begin(self, images: Images, network: Network) -> Run:
+        return self._run(images, network, straight=False)
 
-    def begin_attack(self, images: Images) -> Run:
+    def begin_attack(self, images: Images, network: Network) -> Run:
         if self.config.backward != "vanilla":
-            return self._run(images, straight=self.config.backward == "straight-through")
-        classifier = self.resources.classifier
+            return self._run(images, network, straight=self.config.backward == "straight-through")
         with torch.no_grad():
-            pruned = self._run(images, straight=False)
-        plain: Logits = classifier.head(classifier.trace(images).head_input)
+            pruned = self._run(images, network, straight=False)
+        plain = network.logits(images)
 
-        def run(generators: Sequence[torch.Generator], copies: int) -> Logits:
+        def run(generators: Generators, copies: int) -> Logits:
             with torch.no_grad():
                 answered = pruned(generators, copies)
             usual = plain.repeat_interleave(copies, 0)
@@ -90,15 +87,14 @@ class Pruner:
 
         return run
 
-    def _run(self, images: Images, *, straight: bool) -> Run:
-        begun, config = self.trunk.begin(images), self.config
+    def _run(self, images: Images, network: Network, *, straight: bool) -> Run:
+        begun, config = network.trunk(self.trunk).begin(images), self.config
 
-        def run(generators: Sequence[torch.Generator], copies: int) -> Logits:
+        def run(generators: Generators, copies: int) -> Logits:
             def change(activation: torch.Tensor) -> torch.Tensor:
                 pruned = prune(activation, fraction=config.fraction, sampling=config.sampling, generators=generators)
                 return activation + (pruned - activation).detach() if straight else pruned
 
-            logits: Logits = self.resources.classifier.head(begun.run(change, copies))
-            return logits
+            return network.head(begun.run(change, copies))
 
         return run

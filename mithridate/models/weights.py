@@ -14,7 +14,8 @@ from mithridate.errors import ModelError
 from mithridate.models.classifier import Classifier, build_classifier
 from mithridate.models.splitting import DEFAULT_LAYER
 
-_HEADER = "mithridate"
+HEADER = "mithridate"
+"""The one entry in a file's header that is ours; what is no classifier names its ``kind`` there."""
 
 
 def save_weights(classifier: Classifier, path: Path) -> None:
@@ -25,7 +26,7 @@ def save_weights(classifier: Classifier, path: Path) -> None:
     state = {key: value.detach().cpu().contiguous().clone() for key, value in classifier.network.state_dict().items()}
     # Cloned, since safetensors refuses tensors that share memory. One entry in the header, since it writes several in
     # random order, and the same build must give the same bytes.
-    header = {_HEADER: json.dumps(classifier.spec.metadata(), sort_keys=True)}
+    header = {HEADER: json.dumps(classifier.spec.metadata(), sort_keys=True)}
     path.write_bytes(save(state, metadata=header))  # save_file would make a file that only its owner can read
 
 
@@ -69,6 +70,8 @@ def load_classifier(
     Raises ModelError where the two disagree with the data's classes or image shape.
     """
     metadata = read_metadata(path) if path else {}
+    if "kind" in metadata:
+        raise ModelError(f"{path} is a {metadata['kind'].upper()}, not a classifier; give it with --prm")
     arch = arch or metadata.get("arch")
     if arch is None:
         raise ModelError(f"{path} does not name its architecture; give it with --arch (small-cnn, resnet20, ...)")
@@ -109,8 +112,8 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
             header = dict(file.metadata() or {})
-            if _HEADER in header:
-                header = {str(key): str(value) for key, value in json.loads(header[_HEADER]).items()}
+            if HEADER in header:
+                header = {str(key): str(value) for key, value in json.loads(header[HEADER]).items()}
             return {key: file.get_tensor(key) for key in file.keys()}, header  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, AttributeError) as error:
         raise ModelError(f"{path} is not a readable safetensors file ({error}); no other format is taken") from error

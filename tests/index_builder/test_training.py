@@ -106,18 +106,18 @@ def test_adversarial_training_is_reproducible(few: LabelledImages) -> None:
 
 
 def test_images_are_shifted_with_zeros_and_mirrored(few: LabelledImages) -> None:
-    from index_builder.training import _augment
+    from index_builder.training import augment
 
     generator = torch.Generator().manual_seed(0)
     images = torch.arange(1, 65, dtype=torch.float32).view(1, 1, 8, 8).expand(300, -1, -1, -1)
-    moved = _augment(images, 2, flip=True, generator=generator)
+    moved = augment(images, 2, flip=True, generator=generator)
     padded = np.pad(images[0, 0].numpy(), 2)
     windows = [padded[top : top + 8, left : left + 8] for top in range(5) for left in range(5)]
     allowed = {w.tobytes() for w in windows} | {w[:, ::-1].tobytes() for w in windows}
     seen = {image[0].contiguous().numpy().tobytes() for image in moved}
     assert seen <= allowed
     assert len(seen) > 40  # nearly all of the 50
-    still = _augment(images, 0, flip=False, generator=generator)
+    still = augment(images, 0, flip=False, generator=generator)
     assert torch.equal(still, images)
 
 

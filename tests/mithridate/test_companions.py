@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from mithridate.datasets import LabelledImages
 from mithridate.defenses import Budget, Prediction, Resources, build_defence, defence_name
+from mithridate.defenses.networks import BaseNetwork
 from mithridate.defenses.pixel_deflection import PixelDeflectionConfig, deflect, denoise
 from mithridate.defenses.randomization import RandomizationConfig, Resizer, canvas_of
 from mithridate.defenses.region import Surroundings
@@ -62,7 +63,7 @@ def test_an_answer_is_the_same_alone_in_a_batch_and_in_pieces(
         alone = ask(text, resources, images[row : row + 1]).scores[0]
         torch.testing.assert_close(alone, together[row], rtol=0, atol=1e-5)
     assert not torch.equal(ask(text, resources, images, seed=4).scores, together)
-    monkeypatch.setattr("mithridate.defenses.sampled._BYTES_AT_A_TIME", 1)
+    monkeypatch.setattr("mithridate.defenses.averaging._BYTES_AT_A_TIME", 1)
     torch.testing.assert_close(ask(text, resources, images).scores, together, rtol=0, atol=1e-5)
     assert torch.equal(state, torch.random.get_rng_state())
 
@@ -114,7 +115,7 @@ def test_the_image_is_somewhere_on_the_canvas_at_a_published_size(resources: Res
     config = RandomizationConfig(size=mode, fill=0.25)  # type: ignore[arg-type]
     resizer = object.__new__(Resizer)  # without the network that would have to take it
     object.__setattr__(resizer, "config", config)
-    moved = resizer._moved(image.expand(400, -1, -1, -1), generators(400))
+    moved = resizer.apply(image.expand(400, -1, -1, -1), generators(400))
     canvas = canvas_of(side) if mode == "grow" else side
     sizes = range(side, canvas) if mode == "grow" else range(math.ceil(0.9 * side), side + 1)
     assert moved.shape == (400, 3, canvas, canvas)
@@ -150,11 +151,11 @@ def test_a_network_of_one_size_is_told_what_to_use(resources: Resources) -> None
 
 def test_a_region_is_the_vote_of_points_of_its_cube(resources: Resources, images: Images) -> None:
     seen: list[torch.Tensor] = []
-    sampler = build("region:radius=0.1,passes=20", resources).sampler
+    sampler = build("region:radius=0.1,passes=20", resources).averaging.sampler
     assert isinstance(sampler, Surroundings)
     with torch.no_grad():
         hook = resources.classifier.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-        logits = sampler.begin(images)(generators(6 * 300), 300)
+        logits = sampler.begin(images, BaseNetwork(classifier=resources.classifier))(generators(6 * 300), 300)
         hook.remove()
     away = seen[0] - images.repeat_interleave(300, 0)
     assert seen[0].min() == 0
@@ -172,7 +173,7 @@ def test_a_region_is_the_vote_of_points_of_its_cube(resources: Resources, images
 
 
 def test_grey_and_colour_images_have_the_authors_radius(resources: Resources) -> None:
-    sampler = build("region", resources).sampler
+    sampler = build("region", resources).averaging.sampler
     assert isinstance(sampler, Surroundings)
     assert sampler.radius == 0.3
     assert build("region", resources).name == "region"
@@ -211,7 +212,7 @@ def test_wavelets_take_noise_away(channels: int) -> None:
 
 def test_backward_deflection_is_the_identity(resources: Resources, images: Images) -> None:
     defence, point = build("pixel-deflection:deflections=20,window=2", resources), images.clone().requires_grad_()
-    run = defence.sampler.begin_attack(point)
+    run = defence.averaging.sampler.begin_attack(point, BaseNetwork(classifier=resources.classifier))
     (gradient,) = torch.autograd.grad(run(generators(6), 1)[:, 0].sum(), point)
     with torch.no_grad():
         moved = denoise(deflect(images, PixelDeflectionConfig(deflections=20, window=2), generators(6)), 0.04)

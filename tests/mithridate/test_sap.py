@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from mithridate.datasets import LabelledImages
 from mithridate.defenses import Budget, Request, Resources, build_defence, defence_name
+from mithridate.defenses.networks import BaseNetwork
 from mithridate.defenses.pruned_network import ChangedTrunk
 from mithridate.defenses.pruning import prune
 from mithridate.defenses.randomness import pass_generators
@@ -31,8 +32,8 @@ def build(options: str, resources: Resources) -> Sampled:
 
 
 def trunk(defence: Sampled) -> ChangedTrunk:
-    assert isinstance(defence.sampler, Pruner)
-    return defence.sampler.trunk
+    assert isinstance(defence.averaging.sampler, Pruner)
+    return defence.averaging.sampler.trunk
 
 
 def ask(defence: Sampled, images: Images, seed: int = 3, budget: Budget | None = None) -> torch.Tensor:
@@ -68,8 +69,8 @@ def test_an_answer_is_the_same_alone_in_a_batch_and_in_pieces(
     together = ask(defence, images)
     for row in range(6):
         torch.testing.assert_close(ask(defence, images[row : row + 1])[0], together[row], rtol=0, atol=1e-5)
-    monkeypatch.setattr("mithridate.defenses.sampled._BYTES_AT_A_TIME", 64 * 5 * max(trunk(defence).sizes))
-    assert defence._rows_at_a_time() == 5
+    monkeypatch.setattr("mithridate.defenses.averaging._BYTES_AT_A_TIME", 64 * 5 * max(trunk(defence).sizes))
+    assert defence.averaging._rows_at_a_time == 5
     torch.testing.assert_close(ask(defence, images), together, rtol=0, atol=1e-5)
     assert torch.equal(ask(defence, images), ask(defence, images))
     assert not torch.equal(ask(defence, images, seed=4), ask(defence, images))
@@ -147,7 +148,7 @@ def test_the_vanilla_gradient_is_the_unpruned_networks(resources: Resources, ima
     seed = int(torch.randint(2**62, (), generator=torch.Generator().manual_seed(3)))
     generators = pass_generators([seed] * 6, images, range(2))
     with torch.no_grad():
-        answered = defence.sampler.begin(images)(generators, 2)
+        answered = defence.averaging.sampler.begin(images, BaseNetwork(classifier=classifier))(generators, 2)
     leaf = answered.double().requires_grad_()
     (slope,) = torch.autograd.grad(leaf.log_softmax(1).view(6, 2, 10).logsumexp(1)[:, 1].sum(), leaf)
     again = images.clone().requires_grad_()

@@ -1,0 +1,184 @@
+"""``prm``: before the classifier, an autoencoder that reads few of the pixels, and another few for every image.
+
+Random PRM of Hwang et al. 2019: the image is moved by one pixel in a direction of its own, so that the lattice that the
+PRM reads falls on pixels which an attack on the unmoved model never touched. Their own table attacks that model; every
+one of the eight moves then leaves the attacked pixels unread, and the table says little. An attacker who averages over
+the moves is what this defence has to be measured against, and what ``surrogate`` is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from mithridate.defenses.averaging import Generators
+from mithridate.defenses.base import Resources
+from mithridate.defenses.options import require, unknown
+from mithridate.defenses.randomization import taken
+from mithridate.errors import OptionError
+from mithridate.models import PRM
+from mithridate.types import Images
+
+SHIFTS = {
+    "n": (-1, 0),
+    "ne": (-1, 1),
+    "e": (0, 1),
+    "se": (1, 1),
+    "s": (1, 0),
+    "sw": (1, -1),
+    "w": (0, -1),
+    "nw": (-1, -1),
+}
+"""(rows, columns) that the image moves."""
+
+_MOVES = torch.tensor(list(SHIFTS.values()))
+_MOST = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class PRMConfig:
+    """The network sees (1 - ``lambda``) x + ``lambda`` g(x) of the moved image x. Values joined by ``/`` are drawn
+    from, for every image anew: ``lambda=0/0.5/1``, ``stack=1/2`` (how many modules in turn, each with its own draws).
+    ``module``: ``all`` draws from those in the bundle, a number (from 0) names one. ``shift``: ``random`` is one of the
+    eight neighbours, ``none`` or a compass point (``ne``) is fixed.
+
+    Attackers see ``attack_passes`` draws: ``averaged``, where these go through all eight moves in turn, ``sampled``, as
+    they fall, or ``none``, the unmoved image, as the published table has it.
+    """
+
+    lambda_: str = "1"
+    shift: str = "random"
+    module: str = "all"
+    stack: str = "1"
+    passes: int = 1
+    attack: Literal["averaged", "sampled", "none"] = "averaged"
+    attack_passes: int = 8
+
+    def __post_init__(self) -> None:
+        for value in _numbers("lambda", self.lambda_):
+            require("prm", "lambda", value, 0, 1)
+        for value in _numbers("stack", self.stack):
+            require("prm", "stack", value, 1, _MOST)
+            if value % 1:
+                raise OptionError(f"prm: stack={self.stack} is not whole numbers")
+        if self.shift not in ("random", "none", *SHIFTS):
+            raise OptionError(unknown("shift of prm", self.shift, ("random", "none", *SHIFTS)))
+        if self.module != "all" and not self.module.isdecimal():
+            raise OptionError(f"prm: module={self.module!r} is not known; allowed: all, or a number from 0")
+        require("prm", "passes", self.passes, 1, 100_000)
+        require("prm", "attack_passes", self.attack_passes, 1, 100_000)
+
+
+def _numbers(key: str, text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split("/")]
+    except ValueError as error:
+        raise OptionError(f"prm: {key}={text!r} is not a number, or numbers joined by /") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Draws:
+    """Of ``R`` images and at most ``S`` modules in turn: how many are used ``[R]``, which ``[S, R]``, with which lambda
+    ``[S, R]``, moved by how much ``[S, R, 2]``."""
+
+    stacks: torch.Tensor
+    modules: torch.Tensor
+    lambdas: torch.Tensor
+    moves: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manipulator:
+    """The image through a PRM. Raises OptionError where the bundle has none, or not the one that is named."""
+
+    resources: Resources
+    config: PRMConfig
+
+    def __post_init__(self) -> None:
+        count = len(self.resources.prms)
+        if not count:
+            raise OptionError(
+                "the bundle has no PRM; train one with mithridate train --prm v0, and build with --prm FILE"
+            )
+        if self.config.module != "all" and int(self.config.module) >= count:
+            raise OptionError(f"prm: module={self.config.module} is not there; the bundle has {count}, numbered from 0")
+
+    @property
+    def _modules(self) -> tuple[PRM, ...]:
+        prms = self.resources.prms
+        return prms if self.config.module == "all" else (prms[int(self.config.module)],)
+
+    def apply(self, images: Images, generators: Generators) -> Images:
+        return self._through(images, self._draw(generators))
+
+    def apply_attack(self, images: Images, generators: Generators, copies: int) -> Images:
+        """The exact gradient."""
+        draws = self._draw(generators, copies if self.config.attack == "averaged" else None)
+        if self.config.attack == "none":
+            draws.moves.zero_()
+        return self._through(images, draws)
+
+    def _draw(self, generators: Generators, in_turn: int | None = None) -> _Draws:
+        """``in_turn`` rows at a time, those of one image, have the first moves in turn, from a drawn one on."""
+        config, most = self.config, int(max(_numbers("stack", self.config.stack)))
+        drawn = [torch.rand(3 * most + 1, generator=g, dtype=torch.float64) for g in generators]
+        shares = torch.stack(drawn, 1)  # [3 S + 1, R]
+        lambdas, stacks = (torch.tensor(_numbers("", text)) for text in (config.lambda_, config.stack))
+        if config.shift == "random":
+            places = _places(shares[:most], len(_MOVES))
+            if in_turn is not None:
+                places[0] = (places[0, ::in_turn, None] + torch.arange(in_turn)).flatten() % len(_MOVES)
+            moves = _MOVES[places]
+        else:
+            moves = torch.tensor(SHIFTS.get(config.shift, (0, 0))).expand(most, len(drawn), 2).clone()
+        return _Draws(
+            stacks=stacks[_places(shares[-1], len(stacks))],
+            modules=_places(shares[most : 2 * most], len(self._modules)),
+            lambdas=lambdas[_places(shares[2 * most : 3 * most], len(lambdas))],
+            moves=moves,
+        )
+
+    def _through(self, images: Images, draws: _Draws) -> Images:
+        fill = self._fill(images)
+        for number, (modules, lambdas, moves) in enumerate(zip(draws.modules, draws.lambdas, draws.moves, strict=True)):
+            moved = shifted(images, moves, fill)
+            shares = lambdas.to(images)[:, None, None, None]
+            mixed = (1 - shares) * moved + shares * self._rebuilt(moved, modules)
+            images = torch.where((draws.stacks > number).to(images.device)[:, None, None, None], mixed, images)
+        return images
+
+    def _fill(self, images: Images) -> torch.Tensor:
+        """What comes in at the edge: what is 0 to the network, or grey where it normalises by itself."""
+        mean = self.resources.classifier.mean
+        mean = mean if mean.shape[1] == images.shape[1] else mean.mean(1, keepdim=True)
+        return mean if bool(mean.any()) else torch.full_like(mean, 0.5)
+
+    def _rebuilt(self, images: Images, modules: torch.Tensor) -> Images:
+        """Each row by the module of its own."""
+        if len(self._modules) == 1:
+            rebuilt: Images = self._modules[0](images)
+            return rebuilt
+        whole = torch.zeros_like(images)
+        for number, module in enumerate(self._modules):
+            rows = (modules == number).nonzero()[:, 0].to(images.device)
+            if len(rows):
+                whole = whole.index_add(0, rows, module(images[rows]))
+        return whole
+
+
+def _places(shares: torch.Tensor, count: int) -> torch.Tensor:
+    """Uniform numbers in [0, 1) to places 0 .. count - 1."""
+    return (shares * count).long()
+
+
+def shifted(images: Images, moves: torch.Tensor, fill: torch.Tensor | float) -> Images:
+    """``[R, C, H, W]``, row i moved by ``moves[i]`` (rows, columns), ``fill`` coming in."""
+    for axis in (2, 3):
+        side = images.shape[axis]
+        source = torch.arange(side) - moves[:, axis - 2, None]  # [R, side]
+        inside = (source >= 0) & (source < side)
+        source = source.clamp(0, side - 1)
+        images = taken(images, source.to(images.device), inside.to(images.device), axis, fill)
+    return images
