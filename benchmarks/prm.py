@@ -6,8 +6,8 @@ The bundle must hold a PRM. *gray box*, as published: the attack is made on the 
 answered by the one that moves; from the image itself, which leaves every pixel off the lattice as it was, and with the
 usual random start, which does not. *one draw* and *averaged*: through the defence's own surrogate, one random move a
 step, and all eight at every step (expectation over transformation). *known*: the attacker knows the move; mean over
-the eight. Every answer is a fresh draw. *always*: right in all of ``--draws`` fresh draws, which is what an attacker who
-may ask as often leaves. *worst case*: per image, over clean images and everything that was made, each with its draws.
+the eight. Every answer is a fresh draw. *always*: right in all of ``--draws`` fresh draws: what an attacker who may ask
+as often leaves. *worst case*: per image, over clean images and everything that was made, each with its draws.
 """
 
 from __future__ import annotations

@@ -209,9 +209,49 @@ def _order(content: dict[str, Any]) -> Iterator[str]:
     yield from _table(["where", "first", "last", "growth"], table)
 
 
+def _sap(content: dict[str, Any]) -> Iterator[str]:
+    yield f"\n{content['arch']}, n = {content['images']}"
+    yield from _table(["defence", "clean"], [[f"`{name}`", _share(found)] for name, found in content["clean"].items()])
+    if "attacked" not in content:
+        return
+    yield f"\n{content['attack']} at {content['epsilon']}, where SAP is right without; other images count as wrong:"
+    table = [[row["attack"], f"`{row['through']}`", _share(row["sap"])] for row in content["attacked"]]
+    yield from _table(
+        ["attack", "made through", "SAP, 100 passes"], [*table, ["worst case", "", _share(content["worst case"])]]
+    )
+
+
+def _sap_cost(content: dict[str, Any]) -> Iterator[str]:
+    yield "\n100 passes together against 100 calls of one pass:"
+    yield from _table(
+        ["images", "sampling", "s together", "s apart", "together / apart"],
+        [
+            [str(row["batch"]), row["sampling"], *_two(row["together_s"], row["apart_s"], 2)]
+            for row in content["passes"]
+        ],
+    )
+    yield "\nSampling one layer with as many draws as it has activations:"
+    yield from _table(
+        ["activations", "binomial, ns each", "multinomial, ns each", "binomial / multinomial"],
+        [[f"{row['size']:,}", *_two(row["binomial_ns"], row["multinomial_ns"], 1)] for row in content["sampling"]],
+    )
+    rows = content["memory"]["rows"]
+    yield f"\n{rows[0]['images']} images, {rows[0]['passes']} passes: peak resident MB above the loaded model's."
+    yield f"Limit: {content['memory']['limit_mb']}"
+    yield from _table(
+        ["sampling", "MB"], [[row["sampling"], f"{row['peak_mb'] - row['before_mb']:,.0f}"] for row in rows]
+    )
+
+
+def _two(mine: float, other: float, digits: int) -> list[str]:
+    return [f"{mine:.{digits}f}", f"{other:.{digits}f}", f"{mine / other:.2f}"]
+
+
 _Kind = tuple[Callable[[dict[str, Any]], bool], Callable[[dict[str, Any]], Iterator[str]]]
 
 _KINDS: tuple[_Kind, ...] = (
+    (lambda content: "clean" in content, _sap),
+    (lambda content: "sampling" in content, _sap_cost),
     (lambda content: "worst case" in _rows(content)[0], _robustness),
     (lambda content: isinstance(content.get("rows"), dict), _rmc),
     (lambda content: "accuracy on attacked images" in content, _purity),

@@ -116,6 +116,38 @@ def test_only_the_named_layers_are_changed_and_what_lies_before_runs_once() -> N
     assert seen == [9]
 
 
+@pytest.mark.parametrize("network", ["resnet20", "resnet18"])
+@torch.no_grad()
+def test_the_first_convolution_runs_once_and_the_second_for_every_pass(network: str) -> None:
+    made = classifier(network)
+    rows: list[int] = []
+    first, second = [module for module in made.modules() if isinstance(module, nn.Conv2d)][:2]
+    for module in (first, second):
+        module.register_forward_hook(lambda _, given, out: rows.append(len(given[0])))
+    trunk = ChangedTrunk(made)
+    rows.clear()
+    begun = trunk.begin(images(made))
+    assert rows == [3]
+    for _ in range(2):
+        begun.run(lambda h: h * 0.9, 4)
+    assert rows == [3, 12, 12]
+
+
+@pytest.mark.parametrize("network", ["resnet20", "resnet18", "mobilenet_v3_small"])
+def test_batch_normalisation_stays_as_it_was_trained(network: str) -> None:
+    """Its statistics are neither used from the batch nor moved by it, with a gradient or without."""
+    made = classifier(network)
+    before = {name: buffer.clone() for name, buffer in made.named_buffers()}
+    pixels, trunk = images(made).requires_grad_(), ChangedTrunk(made)
+    together = trunk.begin(pixels).run(lambda h: h * 0.9, 2)
+    torch.autograd.grad(together.sum(), pixels)
+    assert before.keys() == dict(made.named_buffers()).keys()
+    assert all(torch.equal(buffer, before[name]) for name, buffer in made.named_buffers())
+    assert not any(module.training for module in made.network.modules())
+    alone = trunk.begin(pixels[:1]).run(lambda h: h * 0.9, 2)
+    torch.testing.assert_close(alone, together[:2], rtol=1e-4, atol=1e-5)
+
+
 def test_the_gradient_reaches_the_images_from_every_pass() -> None:
     made = classifier("resnet20").double()
     pixels = images(made).double().requires_grad_()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from mithridate.datasets import LabelledImages
@@ -17,6 +19,7 @@ from mithridate.defenses.randomness import pass_generators
 from mithridate.defenses.sampled import Sampled
 from mithridate.defenses.sap import Pruner
 from mithridate.errors import BudgetExceededError, ModelError, OptionError
+from mithridate.models import build_classifier
 from mithridate.types import Images, to_images
 
 
@@ -60,6 +63,24 @@ def test_equals_one_pass_after_the_other(
         total += resources.classifier(images).double().softmax(1)
     monkeypatch.undo()
     torch.testing.assert_close(ask(defence, images).double(), total / 5, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_equals_torchvisions_network_with_its_one_relu_in_place(
+    resources: Resources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = build_classifier("resnet18", num_classes=5, image_shape=(3, 64, 64))
+    defence = build("passes=2", dataclasses.replace(resources, classifier=made))
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    seed, total = int(torch.randint(2**62, (), generator=torch.Generator().manual_seed(3))), torch.zeros(2, 5).double()
+    for number in range(2):
+        own = pass_generators([seed] * 2, images, [number])
+        monkeypatch.setattr(
+            nn.ReLU, "forward", lambda _, x, g=own: prune(x.relu(), fraction=1, sampling="multinomial", generators=g)
+        )
+        total += made(images).double().softmax(1)
+    monkeypatch.undo()
+    torch.testing.assert_close(ask(defence, images).double(), total / 2, rtol=0, atol=1e-5)
 
 
 def test_an_answer_is_the_same_alone_in_a_batch_and_in_pieces(
