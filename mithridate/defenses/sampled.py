@@ -19,6 +19,7 @@ from mithridate.defenses.base import (
     Request,
     Resources,
     answer_one,
+    answer_together,
     draw_seed,
     gather,
 )
@@ -39,7 +40,7 @@ class Sampled:
 
     @property
     def batches(self) -> bool:
-        """One image's passes fill a batch by themselves."""
+        """Whether requests gain by being answered together: many passes fill a batch by themselves."""
         return self.averaging.passes == 1
 
     def predict(self, images: Images, *, generator: torch.Generator, budget: Budget) -> Prediction:
@@ -47,12 +48,15 @@ class Sampled:
 
     @torch.no_grad()
     def predict_together(self, requests: Sequence[Request]) -> list[Outcome]:
-        """One after the other. Looks at the budget between runs."""
+        """All at once where there is one pass; else one after the other, looking at the budget between runs."""
+        device = self.resources.classifier.device
+        if self.batches:
+            return answer_together(requests, device, lambda batch: self._answer(batch, Budget()))
         outcomes: list[Outcome] = []
         for request in requests:
             try:
                 request.budget.check()
-                outcomes.append(self._answer(gather([request], self.resources.classifier.device), request.budget))
+                outcomes.append(self._answer(gather([request], device), request.budget))
             except BudgetExceededError as error:
                 outcomes.append(error)
         return outcomes
