@@ -247,6 +247,20 @@ def _two(mine: float, other: float, digits: int) -> list[str]:
     return [f"{mine:.{digits}f}", f"{other:.{digits}f}", f"{mine / other:.2f}"]
 
 
+def _prm(content: dict[str, Any]) -> Iterator[str]:
+    rows, draws = content["prm_rows"], content["draws"]
+    columns = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in ("defense", "worst case")]
+    yield f"\nn = {content['images']}, {content['attack']} at {content['epsilon']}; one fresh draw, and in brackets"
+    yield f"what is right in all of {draws} draws:"
+    table = []
+    for row in rows:
+        cells = [f"{_share(row[c])} [{100 * row[c]['always']['accuracy']:.1f}]" if c in row else "" for c in columns]
+        table.append([f"`{row['defense']}`", *cells, _share(row["worst case"])])
+    yield from _table(["defence", *columns, "worst case"], table)
+    yield "\nThe attacker knows the move:"
+    yield from _table(list(content["known"]), [[_share(found) for found in content["known"].values()]])
+
+
 _Kind = tuple[Callable[[dict[str, Any]], bool], Callable[[dict[str, Any]], Iterator[str]]]
 
 _KINDS: tuple[_Kind, ...] = (
@@ -259,6 +273,7 @@ _KINDS: tuple[_Kind, ...] = (
     (lambda content: "serial_rps" in _rows(content)[0], _throughput),
     (lambda content: "batches" in _rows(content)[0], _imagenet),
     (lambda content: "order" in content, _order),
+    (lambda content: "prm_rows" in content, _prm),
 )
 
 
