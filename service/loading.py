@@ -59,6 +59,8 @@ def load(settings: Settings) -> Loaded:
     use_threads(settings.threads)
     bundle = Bundle.open(settings.bundle)
     resources = Resources.load(bundle, device=resolve_device(settings.device), allow_factory=settings.arch)
+    if settings.defense == ALL:
+        raise OptionError(f"defense={ALL} names no defence; it belongs to offer")
     made = {text: build_defence(text, resources) for text in _offered(settings, resources)}
     if ALL in settings.offer:
         made |= _all(resources)

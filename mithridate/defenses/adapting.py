@@ -23,7 +23,8 @@ Average = Callable[["Query", Network], Logits]
 class Query:
     """``B`` images ``[B, C, H, W]`` and what the base model made of them; budgets and seeds by row.
 
-    ``average``: how the adapted network is to be asked, where that is not once and plainly.
+    ``average``: how the adapted network is to be asked, where that is not once and plainly; it draws from ``draws``,
+    a seed an image.
     """
 
     images: Images
@@ -32,6 +33,7 @@ class Query:
     budgets: tuple[Budget, ...]
     seeds: tuple[int, ...]
     average: Average | None = None
+    draws: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -45,6 +47,7 @@ class Query:
             budgets=self.budgets[start:stop],
             seeds=self.seeds[start:stop],
             average=self.average,
+            draws=self.draws[start:stop],
         )
 
 
@@ -77,6 +80,7 @@ class Adapter(Protocol):
 def join(parts: list[Adapted]) -> Adapted:
     """Several parts of a batch as one."""
     base = [part.base_logits for part in parts if part.base_logits is not None]
+    assert len(base) in (0, len(parts)), "some parts were averaged, some were not"
     return Adapted(
         logits=torch.cat([part.logits for part in parts]),
         adaptations=tuple(adaptation for part in parts for adaptation in part.adaptations),

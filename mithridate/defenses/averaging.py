@@ -12,14 +12,22 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
-from mithridate.defenses.base import Batch, Budget, Resources, draw_seed
+from mithridate.defenses.base import Budget, Resources
 from mithridate.defenses.networks import Network
-from mithridate.defenses.randomness import pass_generators
+from mithridate.defenses.randomness import pass_generators, pass_seeds
+from mithridate.models.classifier import missing_rows
 from mithridate.types import Images, Logits, Scores
 
 _BYTES_AT_A_TIME = 256 * 2**20
 """What one run of several passes may take, roughly."""
+
+_BYTES_ATTACKED_AT_A_TIME = 2**30
+"""The same for what is kept for a gradient."""
+
+_KEPT = 4
+"""So many times as much is kept of a pass for its gradient."""
 
 _IMAGES_AT_A_TIME = 64
 
@@ -57,6 +65,16 @@ class Sampler(Protocol):
 class Transform(Protocol):
     """A random change of images, ``[R, C, H, W]`` to ``[R, C, H', W']``; row i draws from ``generators[i]`` alone."""
 
+    @property
+    def bytes_a_row(self) -> int:
+        """What changing one image and running the network on it takes, roughly."""
+        ...
+
+    @property
+    def attack_is_fixed(self) -> bool:
+        """Whether all draws that an attacker is given are the same one."""
+        ...
+
     def apply(self, images: Images, generators: Generators) -> Images: ...
 
     def apply_attack(self, images: Images, generators: Generators, copies: int) -> Images:
@@ -70,7 +88,10 @@ class Transformed:
     """A sampler whose passes see the image transformed."""
 
     transform: Transform
-    bytes_a_row: int
+
+    @property
+    def bytes_a_row(self) -> int:
+        return self.transform.bytes_a_row
 
     def begin(self, images: Images, network: Network) -> Run:
         return lambda generators, copies: network.logits(
@@ -103,31 +124,68 @@ class Averaging:
         return min(_IMAGES_AT_A_TIME, self._rows_at_a_time)
 
     @property
+    def images_attacked_at_a_time(self) -> int:
+        """The same with what is kept for a gradient."""
+        return rows_attacked_at_a_time(self.sampler.bytes_a_row)
+
+    @property
     def _rows_at_a_time(self) -> int:
         return max(1, _BYTES_AT_A_TIME // self.sampler.bytes_a_row)
 
-    def scores(self, images: Images, seeds: Sequence[int], budget: Budget, network: Network) -> Scores:
-        """float64 ``[N, ...]``. Raises BudgetExceededError where the budget ends."""
+    def scores(self, images: Images, rows: Sequence[int], budget: Budget, network: Network) -> Scores:
+        """float64 ``[N, ...]``; ``rows`` are the images' seeds. Raises BudgetExceededError where the budget ends."""
         run, done, total = self.sampler.begin(images, network), 0, torch.zeros(())
         while done < self.passes:
             budget.check()
             copies = min(max(1, self._rows_at_a_time // len(images)), self.passes - done)
-            opinions = self._opinions(run(pass_generators(seeds, images, range(done, done + copies)), copies))
-            total = total.to(opinions.device) + opinions.unflatten(0, (len(images), copies)).sum(1)
+            # Passes beyond the last, thrown away, where rows are so few that they would be rounded in another way: what
+            # a pass drops depends on the last bit.
+            extra = -(-missing_rows(len(images) * copies, images.device) // max(1, len(images)))
+            numbers = range(done, done + copies + extra)
+            opinions = self._opinions(run(pass_generators(rows, numbers), len(numbers)))
+            opinions = opinions.unflatten(0, (len(images), len(numbers)))[:, :copies]
+            total = total.to(opinions.device) + opinions.sum(1)
             done += copies
         return total / self.passes
 
-    def attack(self, images: Images, seeds: Sequence[int], network: Network) -> Logits:
+    def attack(self, images: Images, rows: Sequence[int], network: Network) -> Logits:
         """log of the mean softmax of ``attack_passes``, differentiable: a vote has no slope, and the mean leads where
         it will go."""
-        generators = pass_generators(seeds, images, range(self.attack_passes))
-        logits = self.sampler.begin_attack(images, network)(generators, self.attack_passes)
-        return log_mean(logits, self.attack_passes)
+        run = self.sampler.begin_attack(images, network)
+
+        def some(start: int, stop: int) -> Logits:
+            logits = run(pass_generators(rows, range(start, stop)), stop - start)
+            by_pass: Logits = logits.unflatten(0, (len(images), -1)).transpose(0, 1)  # [passes, N, ...]
+            return by_pass
+
+        at_a_time = max(1, self.images_attacked_at_a_time // max(1, len(images)))
+        logits = in_groups(some, self.attack_passes, at_a_time)
+        return log_mean(logits.transpose(0, 1).flatten(0, 1), self.attack_passes)
 
     def _opinions(self, logits: Logits) -> Scores:
         if self.reduce == "softmax":
             return logits.double().softmax(-1)
         return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).double()
+
+
+def rows_attacked_at_a_time(bytes_a_row: int) -> int:
+    """How many rows' graphs may be kept at once."""
+    return max(1, _BYTES_ATTACKED_AT_A_TIME // (_KEPT * bytes_a_row))
+
+
+def in_groups(answer: Callable[[int, int], Logits], count: int, size: int) -> Logits:
+    """``answer(start, stop)`` of up to ``size`` rows at a time, ``[count, ...]``. Where that makes several groups, none
+    is kept for the gradient: each is run again when it is needed, so ``answer`` must give the same twice.
+    """
+    if count <= size:
+        return answer(0, count)
+    starts = range(0, count, size)
+    return torch.cat(
+        [
+            checkpoint(answer, start, min(start + size, count), use_reentrant=False, preserve_rng_state=False)
+            for start in starts
+        ]
+    )
 
 
 def log_mean(logits: Logits, copies: int) -> Logits:
@@ -144,16 +202,26 @@ class FirstStage:
     transform: Transform
     attack_passes: int
 
-    def apply(self, batch: Batch) -> Images:
-        """The images as the next stages see them."""
-        return self.transform.apply(batch.images, pass_generators(batch.seeds, batch.images, [_FIRST_STAGE]))
+    def apply(self, images: Images, rows: Sequence[int], budget: Budget | None = None) -> Images:
+        """The images as the next stages see them; ``rows`` are their seeds. Raises BudgetExceededError where a
+        ``budget`` ends."""
+        size, found = max(1, _BYTES_AT_A_TIME // self.transform.bytes_a_row), []
+        for start in range(0, len(images), size):
+            if budget is not None:
+                budget.check()
+            generators = pass_generators(rows[start : start + size], [_FIRST_STAGE])
+            found.append(self.transform.apply(images[start : start + size], generators))
+        return torch.cat(found)
 
-    def attack(
-        self, images: Images, generator: torch.Generator, answer: Callable[[Images, torch.Generator], Logits]
-    ) -> Logits:
-        """The log of the mean score of ``answer`` over draws (expectation over transformation)."""
-        copies, seed = self.attack_passes, draw_seed(generator)
+    def attack(self, images: Images, rows: Sequence[int], answer: Callable[[Images, Sequence[int]], Logits]) -> Logits:
+        """The log of the mean score of ``answer(images, rows)`` over draws (expectation over transformation)."""
+        copies = self.attack_passes
         numbers = range(_FIRST_STAGE, _FIRST_STAGE + copies)
-        generators = pass_generators([seed] * len(images), images, numbers)
-        moved = self.transform.apply_attack(images.repeat_interleave(copies, 0), generators, copies)
-        return log_mean(answer(moved, generator), copies)
+
+        def some(start: int, stop: int) -> Logits:
+            generators = pass_generators(rows[start:stop], numbers)
+            moved = self.transform.apply_attack(images[start:stop].repeat_interleave(copies, 0), generators, copies)
+            return log_mean(answer(moved, pass_seeds(rows[start:stop], numbers)), copies)
+
+        size = max(1, rows_attacked_at_a_time(self.transform.bytes_a_row) // copies)
+        return in_groups(some, len(images), size)

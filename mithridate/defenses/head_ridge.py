@@ -21,6 +21,7 @@ from mithridate.defenses.adapting import Adapted, Query, average_heads, join
 from mithridate.defenses.base import Adaptation, Budget, Resources, interruptions
 from mithridate.defenses.exemplar_scores import ExemplarScores
 from mithridate.defenses.options import require
+from mithridate.errors import BudgetExceededError
 
 _ROUNDING = 1e-2
 """Fitted shares reach below 0 and above 1. Those below are rounded off smoothly, within about this much for all classes
@@ -65,7 +66,10 @@ class RidgeHead:
         return join(parts)
 
     def _fit(self, query: Query) -> Adapted:
-        if all(interruptions(query.budgets)):
+        over = interruptions(query.budgets)
+        if all(over):
+            if query.average is not None and over[0] is not None:
+                raise BudgetExceededError(over[0])  # there is no average of the base model to answer with either
             fates = _fates(query.budgets, None, [False] * len(query))
             return Adapted(logits=query.base.logits.double(), adaptations=fates)
         head, (selection, held) = self.resources.classifier.head, query.selection.hold_out(self.config.held_out)

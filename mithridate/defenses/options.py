@@ -11,6 +11,8 @@ from mithridate.errors import OptionError
 
 Config = TypeVar("Config")
 
+_SHOWN = 200
+
 
 def split_text(text: str) -> tuple[str, dict[str, str]]:
     """``name:key=value,...`` to its name and options. Raises OptionError for another form."""
@@ -19,7 +21,10 @@ def split_text(text: str) -> tuple[str, dict[str, str]]:
     for part in tail.split(",") if colon else []:
         key, equals, value = part.partition("=")
         if not (key and equals and value) or key in options:
-            raise OptionError(f"cannot read {part!r} in {text!r}; write options once each, as name:key=value,key=value")
+            raise OptionError(
+                f"cannot read {shortened(part)} in {shortened(text)}; write options once each, as "
+                "name:key=value,key=value"
+            )
         options[key] = value
     return name, options
 
@@ -100,7 +105,12 @@ def unknown(kind: str, seen: str, allowed: Iterable[str]) -> str:
     names = sorted(allowed)
     near = difflib.get_close_matches(seen, names, n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
-    return f"unknown {kind} {seen!r}{hint}; allowed: {', '.join(names)}"
+    return f"unknown {kind} {shortened(seen)}{hint}; allowed: {', '.join(names)}"
+
+
+def shortened(text: str) -> str:
+    """What somebody wrote, for a message: in quotes, and not all of it where it is long."""
+    return repr(text) if len(text) <= _SHOWN else f"{text[:_SHOWN]!r}..."
 
 
 def require(of: str, key: str, value: float, low: float, high: float) -> None:

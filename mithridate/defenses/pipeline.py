@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
-from mithridate.defenses.averaging import Averaging, FirstStage, Sampler, Transform, Transformed, bytes_of_a_pass
+from mithridate.defenses.averaging import Averaging, FirstStage, Sampler, Transform, Transformed
 from mithridate.defenses.base import Defence, Resources
 from mithridate.defenses.knn_oat import KNNOAT, KNNOATConfig
 from mithridate.defenses.neighbor_vote import NeighborVote, NeighborVoteConfig
 from mithridate.defenses.none import NoDefence
-from mithridate.defenses.options import canonical, fill, split_text, unknown
+from mithridate.defenses.options import canonical, fill, shortened, split_text, unknown
 from mithridate.defenses.pixel_deflection import Deflector, PixelDeflectionConfig
 from mithridate.defenses.prm import Manipulator, PRMConfig
 from mithridate.defenses.randomization import RandomizationConfig, Resizer
@@ -82,7 +82,9 @@ _FIRST: Mapping[str, _First] = {
     "randomization": _First(
         config=RandomizationConfig(), make=lambda resources, config: Resizer(resources=resources, config=config)
     ),
-    "pixel-deflection": _First(config=PixelDeflectionConfig(), make=lambda _, config: Deflector(config=config)),
+    "pixel-deflection": _First(
+        config=PixelDeflectionConfig(), make=lambda resources, config: Deflector(resources=resources, config=config)
+    ),
 }
 _LAST: Mapping[str, _Last] = {
     "sap": _Last(config=SAPConfig(), make=lambda resources, config: Pruner(resources=resources, config=config)),
@@ -154,7 +156,7 @@ def defence_name(text: str, resources: Resources) -> str:
 def describe_defence(defence: Defence) -> str:
     """One sentence on what a defence does."""
     said = []
-    for part in _parts(defence.name):
+    for part in split_stages(defence.name):
         family, options = split_text(part)
         scope = f"{family}:scope={options.get('scope')}"
         said.append(DESCRIPTIONS.get(scope, DESCRIPTIONS[family]))
@@ -167,25 +169,28 @@ def servable_defences(resources: Resources) -> tuple[str, ...]:
     """
     alone = [name for name in ("none", "rmc", *_FIRST, *_LAST, *_ALONE) if name != "knn-oat"]
     found = [*alone, "prm+rmc", "prm+sap", "rmc+sap", "prm+rmc+sap"]
-    return tuple(text for text in found if resources.prms or "prm" not in _parts(text))
+    return tuple(text for text in found if resources.prms or "prm" not in split_stages(text))
 
 
-def _parts(text: str) -> list[str]:
-    """A number may have a ``+`` of its own, as in 1e+3; a name begins with a letter."""
+def split_stages(text: str) -> list[str]:
+    """The stages' texts. A number may have a ``+`` of its own, as in 1e+3; a name begins with a letter."""
     return re.split(r"[+ ](?=[^\W\d_])", text.strip())
 
 
 def _read(text: str) -> tuple[_Stage, ...]:
-    stages = tuple(_read_stage(part) for part in _parts(text))
+    parts = split_stages(text)
+    if len(parts) > len(_ORDER):
+        raise OptionError(f"{len(parts)} stages are joined in {shortened(text)}; {_grammar()}")
+    stages = tuple(_read_stage(part) for part in parts)
     kinds = [stage.kind for stage in stages]
     if len(stages) > 1:
         for stage in stages:
             if stage.kind is None:
-                raise OptionError(f"{stage.family} stands alone and is no stage of {text!r}; {_grammar()}")
+                raise OptionError(f"{stage.family} stands alone and is no stage of {shortened(text)}; {_grammar()}")
         places = [_ORDER.index(str(kind)) for kind in kinds]
         if any(later <= earlier for earlier, later in pairwise(places)):
             seen = ", ".join(f"{stage.family} ({stage.kind})" for stage in stages)
-            raise OptionError(f"{text!r} is not in order, or has two stages of a kind: {seen}; {_grammar()}")
+            raise OptionError(f"{shortened(text)} is not in order, or has two stages of a kind: {seen}; {_grammar()}")
         if kinds[0] == "transform" and stages[0].options.passes != 1:
             raise OptionError(
                 f"{stages[0].family}: passes={stages[0].options.passes} cannot be followed by another stage, which "
@@ -250,13 +255,14 @@ def _averaging(stage: _Stage, resources: Resources) -> Averaging:
 def _transforming(stage: _Stage, resources: Resources) -> Averaging:
     transform = _FIRST[stage.family].make(resources, stage.options)
     return Averaging(
-        sampler=Transformed(transform=transform, bytes_a_row=bytes_of_a_pass(resources)),
+        sampler=Transformed(transform=transform),
         passes=stage.options.passes,
-        attack_passes=stage.options.attack_passes,
+        attack_passes=1 if transform.attack_is_fixed else stage.options.attack_passes,
     )
 
 
 def _first_stage(stage: _Stage, resources: Resources) -> FirstStage:
+    transform = _FIRST[stage.family].make(resources, stage.options)
     return FirstStage(
-        transform=_FIRST[stage.family].make(resources, stage.options), attack_passes=stage.options.attack_passes
+        transform=transform, attack_passes=1 if transform.attack_is_fixed else stage.options.attack_passes
     )

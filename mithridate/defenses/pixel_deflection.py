@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from mithridate.defenses.averaging import Generators
+from mithridate.defenses.averaging import Generators, bytes_of_a_pass
+from mithridate.defenses.base import Resources
 from mithridate.defenses.options import require
 from mithridate.types import Images
 
@@ -42,7 +43,16 @@ class PixelDeflectionConfig:
 class Deflector:
     """The image with some values deflected."""
 
+    resources: Resources
     config: PixelDeflectionConfig
+
+    @property
+    def bytes_a_row(self) -> int:
+        return bytes_of_a_pass(self.resources)
+
+    @property
+    def attack_is_fixed(self) -> bool:
+        return False
 
     def apply(self, images: Images, generators: Generators) -> Images:
         return denoise(deflect(images, self.config, generators), self.config.sigma)

@@ -8,17 +8,18 @@ the moves is what this defence has to be measured against, and what ``surrogate`
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
-from mithridate.defenses.averaging import Generators
+from mithridate.defenses.averaging import Generators, bytes_of_a_pass
 from mithridate.defenses.base import Resources
 from mithridate.defenses.options import require, unknown
 from mithridate.defenses.randomization import taken
 from mithridate.errors import OptionError
 from mithridate.models import PRM
+from mithridate.models.classifier import padded
 from mithridate.types import Images
 
 SHIFTS = {
@@ -34,7 +35,10 @@ SHIFTS = {
 """(rows, columns) that the image moves."""
 
 _MOVES = torch.tensor(list(SHIFTS.values()))
-_MOST = 8
+_MOST, _LONGEST = 8, 100
+
+_BYTES = 3
+"""A PRM holds about twice as much of an image as a network does, and the network comes behind it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +48,8 @@ class PRMConfig:
     ``module``: ``all`` draws from those in the bundle, a number (from 0) names one. ``shift``: ``random`` is one of the
     eight neighbours, ``none`` or a compass point (``ne``) is fixed.
 
-    Attackers see ``attack_passes`` draws: ``averaged``, where these go through all eight moves in turn, ``sampled``, as
-    they fall, or ``none``, the unmoved image, as the published table has it.
+    Attackers see ``attack_passes`` draws: ``averaged``, where these go through all eight moves in turn; ``sampled``, as
+    they fall; a known move, ``ne``; or ``none``, the unmoved image, as the published table has it.
     """
 
     lambda_: str = "1"
@@ -53,29 +57,50 @@ class PRMConfig:
     module: str = "all"
     stack: str = "1"
     passes: int = 1
-    attack: Literal["averaged", "sampled", "none"] = "averaged"
+    attack: str = "averaged"
     attack_passes: int = 8
 
     def __post_init__(self) -> None:
-        for value in _numbers("lambda", self.lambda_):
-            require("prm", "lambda", value, 0, 1)
-        for value in _numbers("stack", self.stack):
-            require("prm", "stack", value, 1, _MOST)
-            if value % 1:
-                raise OptionError(f"prm: stack={self.stack} is not whole numbers")
-        if self.shift not in ("random", "none", *SHIFTS):
-            raise OptionError(unknown("shift of prm", self.shift, ("random", "none", *SHIFTS)))
-        if self.module != "all" and not self.module.isdecimal():
-            raise OptionError(f"prm: module={self.module!r} is not known; allowed: all, or a number from 0")
+        # Written in one way only, so that one defence has one name.
+        self._rewrite("lambda_", "/".join(f"{value:g}" for value in self.lambdas))
+        self._rewrite("stack", "/".join(f"{value:g}" for value in self.stacks))
+        self._rewrite("module", "all" if self.module == "all" else f"{_numbers('module', self.module, 0, 9999)[0]:g}")
+        if any(value % 1 for value in (*self.stacks, *([] if self.module == "all" else [float(self.module)]))):
+            raise OptionError(f"prm: stack={self.stack}, module={self.module} are not whole numbers")
+        for key, seen, allowed in (
+            ("shift", self.shift, ("random", "none", *SHIFTS)),
+            ("attack", self.attack, ("averaged", "sampled", "none", *SHIFTS)),
+        ):
+            if seen not in allowed:
+                raise OptionError(unknown(f"{key} of prm", seen[:20], allowed))
         require("prm", "passes", self.passes, 1, 100_000)
-        require("prm", "attack_passes", self.attack_passes, 1, 100_000)
+        require("prm", "attack_passes", self.attack_passes, 1, 10_000)
+
+    @property
+    def lambdas(self) -> tuple[float, ...]:
+        """What is drawn from."""
+        return _numbers("lambda", self.lambda_, 0, 1)
+
+    @property
+    def stacks(self) -> tuple[float, ...]:
+        """What is drawn from."""
+        return _numbers("stack", self.stack, 1, _MOST)
+
+    def _rewrite(self, field: str, value: str) -> None:
+        object.__setattr__(self, field, value)
 
 
-def _numbers(key: str, text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split("/")]
-    except ValueError as error:
-        raise OptionError(f"prm: {key}={text!r} is not a number, or numbers joined by /") from error
+def _numbers(key: str, text: str, low: float, high: float) -> tuple[float, ...]:
+    """Each in ``low`` .. ``high``."""
+    if len(text) > _LONGEST:
+        raise OptionError(f"prm: {key}={text[:20]!r}... is too long; allowed: {_LONGEST} characters")
+    parts = text.split("/")
+    if not all(re.fullmatch(r"[0-9]*\.?[0-9]+(e-?[0-9]+)?", part) for part in parts):
+        raise OptionError(f"prm: {key}={text!r} is not a number, or numbers joined by /")
+    values = tuple(float(part) for part in parts)
+    for value in values:
+        require("prm", key, value, low, high)
+    return values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,22 +135,32 @@ class Manipulator:
         prms = self.resources.prms
         return prms if self.config.module == "all" else (prms[int(self.config.module)],)
 
+    @property
+    def bytes_a_row(self) -> int:
+        return _BYTES * bytes_of_a_pass(self.resources)
+
+    @property
+    def attack_is_fixed(self) -> bool:
+        moved = self.config.shift == "random" and self.config.attack in ("averaged", "sampled")
+        drawn = len(self._modules) > 1 or len(set(self.config.lambdas)) > 1 or len(set(self.config.stacks)) > 1
+        return not (moved or drawn)
+
     def apply(self, images: Images, generators: Generators) -> Images:
         return self._through(images, self._draw(generators))
 
     def apply_attack(self, images: Images, generators: Generators, copies: int) -> Images:
         """The exact gradient."""
         draws = self._draw(generators, copies if self.config.attack == "averaged" else None)
-        if self.config.attack == "none":
-            draws.moves.zero_()
+        if self.config.attack not in ("averaged", "sampled"):
+            draws.moves[:] = torch.tensor(SHIFTS.get(self.config.attack, (0, 0)))
         return self._through(images, draws)
 
     def _draw(self, generators: Generators, in_turn: int | None = None) -> _Draws:
         """``in_turn`` rows at a time, those of one image, have the first moves in turn, from a drawn one on."""
-        config, most = self.config, int(max(_numbers("stack", self.config.stack)))
+        config, most = self.config, int(max(self.config.stacks))
         drawn = [torch.rand(3 * most + 1, generator=g, dtype=torch.float64) for g in generators]
         shares = torch.stack(drawn, 1)  # [3 S + 1, R]
-        lambdas, stacks = (torch.tensor(_numbers("", text)) for text in (config.lambda_, config.stack))
+        lambdas, stacks = (torch.tensor(values) for values in (config.lambdas, config.stacks))
         if config.shift == "random":
             places = _places(shares[:most], len(_MOVES))
             if in_turn is not None:
@@ -158,14 +193,19 @@ class Manipulator:
     def _rebuilt(self, images: Images, modules: torch.Tensor) -> Images:
         """Each row by the module of its own."""
         if len(self._modules) == 1:
-            rebuilt: Images = self._modules[0](images)
-            return rebuilt
+            return _canonical(self._modules[0], images)
         whole = torch.zeros_like(images)
         for number, module in enumerate(self._modules):
             rows = (modules == number).nonzero()[:, 0].to(images.device)
             if len(rows):
-                whole = whole.index_add(0, rows, module(images[rows]))
+                whole = whole.index_add(0, rows, _canonical(module, images[rows]))
         return whole
+
+
+def _canonical(module: PRM, images: Images) -> Images:
+    """The same for an image, to the bit, in every batch."""
+    rebuilt: Images = module(padded(images))
+    return rebuilt[: len(images)]
 
 
 def _places(shares: torch.Tensor, count: int) -> torch.Tensor:

@@ -17,7 +17,7 @@ from torch import fx, nn
 
 from mithridate.errors import ModelError, OptionError
 from mithridate.models import Classifier
-from mithridate.models.classifier import pooled
+from mithridate.models.classifier import padded, pooled
 
 Change = Callable[[torch.Tensor], torch.Tensor]
 """What is done to an activation, ``[rows, ...]`` to the same."""
@@ -97,7 +97,11 @@ class Passes:
     def __init__(self, trunk: ChangedTrunk, inputs: torch.Tensor) -> None:
         self._trunk, self._inputs = trunk, inputs
         self._first: dict[fx.Node, Any] = {}
-        self._execute(trunk._first, self._first, inputs, None)
+        whole = padded(inputs)  # what is dropped behind it must not depend on how many images there are
+        self._execute(trunk._first, self._first, whole, None)
+        for node, value in self._first.items():
+            if node in trunk._of_images and isinstance(value, torch.Tensor) and value.ndim and len(value) == len(whole):
+                self._first[node] = value[: len(inputs)]
 
     def run(self, change: Change, copies: int) -> torch.Tensor:
         """Head inputs ``[N * copies, D]``, the copies of an image side by side; ``change`` sees ``N * copies`` rows."""

@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from mithridate.defenses.averaging import Generators
+from mithridate.defenses.averaging import Generators, bytes_of_a_pass
 from mithridate.defenses.base import Resources
 from mithridate.defenses.options import require
 from mithridate.errors import ModelError
@@ -59,6 +59,14 @@ class Resizer:
                 f"{classifier.spec.arch} does not take images larger than {classifier.spec.image_shape[1]} pixels; use "
                 "randomization:size=keep"
             ) from error
+
+    @property
+    def bytes_a_row(self) -> int:
+        return bytes_of_a_pass(self.resources)
+
+    @property
+    def attack_is_fixed(self) -> bool:
+        return False
 
     def apply_attack(self, images: Images, generators: Generators, copies: int) -> Images:
         """The exact gradient: a nearest-neighbour resize copies pixels."""

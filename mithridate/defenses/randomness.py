@@ -1,7 +1,8 @@
 """Randomness that belongs to an image, not to its place.
 
-A request has one seed. Every image of it draws for itself, from that seed and its own pixels: two images of a request
-draw independently, and an image draws the same alone, in a batch and beside other requests.
+A request has one seed. Every image of it draws for itself, from that seed and its own pixels, as they came: two images
+of a request draw independently, and an image draws the same alone, in a batch and beside other requests. What a network
+made of an image would not do for that: its last bits depend on the batch.
 """
 
 from __future__ import annotations
@@ -22,15 +23,17 @@ def row_seeds(seeds: Sequence[int], images: Images) -> tuple[int, ...]:
     return tuple(_mix(seed, row.tobytes()) for seed, row in zip(seeds, rows, strict=True))
 
 
-def pass_generators(seeds: Sequence[int], images: Images, passes: Iterable[int]) -> list[torch.Generator]:
-    """CPU generators for ``passes`` of every image, those of an image side by side: what a pass draws depends on its
-    number alone, not on which others are run with it.
+def pass_seeds(rows: Sequence[int], passes: Iterable[int]) -> tuple[int, ...]:
+    """A seed for each of ``passes`` of every image, those of an image side by side; ``rows`` as ``row_seeds`` gives
+    them. It depends on the image and the number alone, not on which other passes are run with it.
     """
     numbers = list(passes)
-    rows = row_seeds(seeds, images)
-    return [
-        torch.Generator().manual_seed(_mix(row, number.to_bytes(8, "little"))) for row in rows for number in numbers
-    ]
+    return tuple(_mix(row, number.to_bytes(8, "little")) for row in rows for number in numbers)
+
+
+def pass_generators(rows: Sequence[int], passes: Iterable[int]) -> list[torch.Generator]:
+    """CPU generators seeded with ``pass_seeds``."""
+    return [torch.Generator().manual_seed(seed) for seed in pass_seeds(rows, passes)]
 
 
 def _mix(seed: int, rest: bytes) -> int:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from mithridate.defenses.adapting import Adapted, Adapter, Query, join
-from mithridate.defenses.averaging import Averaging, FirstStage
+from mithridate.defenses.averaging import Averaging, FirstStage, in_groups
 from mithridate.defenses.base import (
     Adaptation,
     Batch,
@@ -31,6 +31,7 @@ from mithridate.defenses.base import (
 from mithridate.defenses.guard import GuardConfig, guard, guarded_logits, neighbor_votes
 from mithridate.defenses.networks import Network
 from mithridate.defenses.none import BasePass, base_pass
+from mithridate.defenses.randomness import row_seeds
 from mithridate.defenses.selection import SelectionConfig, Selector
 from mithridate.errors import BudgetExceededError
 from mithridate.types import Images, Logits
@@ -83,11 +84,12 @@ class RMC:
         with clock.phase("embed"):
             base = base_pass(classifier, batch.images)
             base_scores, images = base.logits.softmax(1).float(), batch.images
+            draws = self._draws(batch.seeds, images)
             if self.first is not None:
-                images = self.first.apply(batch)
+                images = self.first.apply(images, draws)
                 base = base_pass(classifier, images)
         with clock.phase("search"):
-            query = self._query(images, base, batch.budgets, batch.seeds)
+            query = self._query(images, base, batch.budgets, batch.seeds, draws)
         with clock.phase("adapt"):
             query, adapted = self._adapt(query)
         with clock.phase("predict"):
@@ -109,20 +111,25 @@ class RMC:
         for the closed-form head, through which the gradient goes, and through the soft weights where they are on. A
         transform before it is averaged over: every draw is adapted to."""
         budget.check()
+        seed = draw_seed(generator)
+        draws = self._draws((seed,) * len(images), images)
 
-        def attack(seen: Images, generator: torch.Generator) -> Logits:
-            count = len(seen)
-            query = self._query(
-                seen,
-                base_pass(self.resources.classifier, seen),
-                (budget,) * count,
-                (draw_seed(generator),) * count,
-                attacking=True,
-            )
+        def attack(seen: Images, draws: Sequence[int]) -> Logits:
+            base = base_pass(self.resources.classifier, seen)
+            query = self._query(seen, base, (budget,) * len(seen), (seed,) * len(seen), tuple(draws), attacking=True)
             query, adapted = self._adapt(query)
             return guarded_logits(query, adapted, self._votes(query), self.guarding)
 
-        return attack(images, generator) if self.first is None else self.first.attack(images, generator, attack)
+        if self.first is not None:
+            return self.first.attack(images, draws, attack)
+        if self.average is None:
+            return attack(images, draws)
+        size = self.average.images_attacked_at_a_time
+        return in_groups(lambda start, stop: attack(images[start:stop], draws[start:stop]), len(images), size)
+
+    def _draws(self, seeds: tuple[int, ...], images: Images) -> tuple[int, ...]:
+        """What the other stages draw from, a seed an image: of the image as it came."""
+        return row_seeds(seeds, images) if self.first is not None or self.average is not None else seeds
 
     def _query(
         self,
@@ -130,6 +137,7 @@ class RMC:
         base: BasePass,
         budgets: tuple[Budget, ...],
         seeds: tuple[int, ...],
+        draws: tuple[int, ...],
         *,
         attacking: bool = False,
     ) -> Query:
@@ -141,24 +149,29 @@ class RMC:
             budgets=budgets,
             seeds=seeds,
             average=None if self.average is None else average,
+            draws=draws,
         )
 
     def _averaged(self, query: Query, network: Network) -> Logits:
         assert self.average is not None
-        scores = self.average.scores(query.images, query.seeds, query.budgets[0], network)
+        scores = self.average.scores(query.images, query.draws, query.budgets[0], network)
         return scores.clamp_min(torch.finfo(scores.dtype).tiny).log()
 
     def _attacked(self, query: Query, network: Network) -> Logits:
         assert self.average is not None
-        return self.average.attack(query.images, query.seeds, network)
+        return self.average.attack(query.images, query.draws, network)
 
     def agreement(self, images: Images) -> torch.Tensor:
         """``[N]``: what base, neighbours and answer all grant the answer's class; ``abstain`` is a threshold on
         this.
         """
         with torch.no_grad():
-            images, count = images.to(self.resources.classifier.device), len(images)
-            query = self._query(images, base_pass(self.resources.classifier, images), (Budget(),) * count, (0,) * count)
+            images, seeds = images.to(self.resources.classifier.device), (0,) * len(images)
+            draws = self._draws(seeds, images)
+            if self.first is not None:
+                images = self.first.apply(images, draws)
+            base = base_pass(self.resources.classifier, images)
+            query = self._query(images, base, (Budget(),) * len(images), seeds, draws)
             query, adapted = self._adapt(query)
             return guard(query, adapted, self._votes(query), self.guarding).agreement.cpu()
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mithridate.defenses.averaging import Averaging, FirstStage
+from mithridate.defenses.averaging import Averaging, FirstStage, in_groups
 from mithridate.defenses.base import (
     Batch,
     Budget,
@@ -25,6 +25,7 @@ from mithridate.defenses.base import (
 )
 from mithridate.defenses.networks import BaseNetwork
 from mithridate.defenses.none import base_pass
+from mithridate.defenses.randomness import row_seeds
 from mithridate.errors import BudgetExceededError
 from mithridate.types import Images, Logits, Scores
 
@@ -48,9 +49,9 @@ class Sampled:
 
     @torch.no_grad()
     def predict_together(self, requests: Sequence[Request]) -> list[Outcome]:
-        """All at once where there is one pass; else one after the other, looking at the budget between runs."""
+        """Several at once where there is one pass; else one after the other, looking at the budget between runs."""
         device = self.resources.classifier.device
-        if self.batches:
+        if self.batches and len(requests) > 1:
             return answer_together(requests, device, lambda batch: self._answer(batch, Budget()))
         outcomes: list[Outcome] = []
         for request in requests:
@@ -67,30 +68,32 @@ class Sampled:
         with clock.phase("embed"):
             base = base_pass(classifier, batch.images).logits.softmax(1).float().cpu()
         with clock.phase("predict"):
-            images = batch.images if self.first is None else self.first.apply(batch)
-            scores = self._mean_scores(images, batch.seeds, budget).float().cpu()
+            rows = row_seeds(batch.seeds, batch.images)
+            images = batch.images if self.first is None else self.first.apply(batch.images, rows, budget)
+            scores = self._mean_scores(images, rows, budget).float().cpu()
         nothing = (None,) * len(batch.images)
         return Prediction(
             scores=scores, base_scores=base, adaptations=nothing, neighborhoods=nothing, seconds=clock.seconds
         )
 
-    def _mean_scores(self, images: Images, seeds: Sequence[int], budget: Budget) -> Scores:
+    def _mean_scores(self, images: Images, rows: Sequence[int], budget: Budget) -> Scores:
         """float64 ``[N, C]``. Raises BudgetExceededError where the budget ends."""
         count, network = self.averaging.images_at_a_time, BaseNetwork(classifier=self.resources.classifier)
         starts = range(0, len(images), count)
         return torch.cat(
-            [self.averaging.scores(images[s : s + count], seeds[s : s + count], budget, network) for s in starts]
+            [self.averaging.scores(images[s : s + count], rows[s : s + count], budget, network) for s in starts]
         )
 
     def surrogate(self, images: Images, *, generator: torch.Generator, budget: Budget) -> Logits:
         """The log of the mean score of the passes that an attacker is given."""
         budget.check()
-        return (
-            self._attack(images, generator)
-            if self.first is None
-            else self.first.attack(images, generator, self._attack)
-        )
+        rows = row_seeds([draw_seed(generator)] * len(images), images)
+        return self._attack(images, rows) if self.first is None else self.first.attack(images, rows, self._attack)
 
-    def _attack(self, images: Images, generator: torch.Generator) -> Logits:
-        network = BaseNetwork(classifier=self.resources.classifier)
-        return self.averaging.attack(images, [draw_seed(generator)] * len(images), network)
+    def _attack(self, images: Images, rows: Sequence[int]) -> Logits:
+        averaging, network = self.averaging, BaseNetwork(classifier=self.resources.classifier)
+
+        def some(start: int, stop: int) -> Logits:
+            return averaging.attack(images[start:stop], rows[start:stop], network)
+
+        return in_groups(some, len(images), averaging.images_attacked_at_a_time)

@@ -19,6 +19,7 @@ import torch
 from mithridate.attacks import parse_attack
 from mithridate.defenses import Budget, Defence, Resources, build_defence
 from mithridate.defenses.options import split_text
+from mithridate.defenses.pipeline import split_stages
 from mithridate.defenses.presets import preset_options
 from mithridate.errors import OptionError
 from mithridate.tuning import Trial, Tuning
@@ -73,7 +74,7 @@ class TuningPlan:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.family not in AXES:
+        if len(split_stages(self.start)) > 1 or self.family not in AXES:
             raise OptionError(f"{self.start!r} cannot be tuned; allowed: {', '.join(AXES)}, and options beside them")
         if not 0 <= self.abstain < 1:
             raise OptionError(f"a clean rejection rate of {self.abstain} is out of range; allowed: 0 to below 1")

@@ -156,9 +156,7 @@ class Classifier(nn.Module):
         bit, the same embedding whatever else is in its batch.
         """
         count = len(images)
-        padding = torch.get_num_threads() + 1 - count
-        if images.device.type == "cpu" and 0 < padding < _CANONICAL_BATCH_LIMIT and count:
-            images = torch.cat([images, images[:1].expand(padding, -1, -1, -1)])
+        images = padded(images)
         embedding, head_input, *rest = self._trunk[0](self.normalise(images))
         flat = pooled(embedding)[:count]
         return Trace(
@@ -189,6 +187,18 @@ class Classifier(nn.Module):
         Raises ModelError where there is no tail.
         """
         return copy.deepcopy(self.tail).requires_grad_(True)
+
+
+def missing_rows(count: int, device: torch.device) -> int:
+    """How many rows a small batch lacks for an image to be the same, to the bit, in every batch; see ``trace``."""
+    missing = torch.get_num_threads() + 1 - count
+    return missing if device.type == "cpu" and count and 0 < missing < _CANONICAL_BATCH_LIMIT else 0
+
+
+def padded(rows: torch.Tensor) -> torch.Tensor:
+    """``[N, ...]`` with what a small batch lacks, copies of the first row."""
+    missing = missing_rows(len(rows), rows.device)
+    return torch.cat([rows, rows[:1].expand(missing, *rows.shape[1:])]) if missing else rows
 
 
 def pooled(activations: torch.Tensor) -> torch.Tensor:

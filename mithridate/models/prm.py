@@ -107,7 +107,7 @@ class PRM(nn.Module):
             skipped.append(x)
         for rise, block, beside in zip(self.rise, self.up, skipped[-2::-1], strict=True):
             x = block(torch.cat([beside, rise(x)], 1))
-        x = self.last(self.grow(x[:, :, :rows, :columns]))
+        x = self.last(_grown(self.grow, x[:, :, :rows, :columns]))
         rebuilt: Images = x[:, :, :height, :width] / 4
         return rebuilt + (self._enlarged(images) if self.spec.size == "small" else 0.5)
 
@@ -135,6 +135,17 @@ def _growth(stride: Pair) -> tuple[Pair, Pair, int, Pair]:
     kernels = [3 if s <= 2 else s + 2 for s in stride]
     extra = [s - 1 if s <= 2 else 0 for s in stride]
     return (kernels[0], kernels[1]), stride, 1, (extra[0], extra[1])
+
+
+def _grown(layer: nn.ConvTranspose2d, x: torch.Tensor) -> torch.Tensor:
+    """What ``layer`` gives, as a convolution of the input with zeros in between: a transposed one is rounded
+    differently in every batch, and what later stages draw must not depend on that."""
+    count, channels, height, width = x.shape
+    (down, right), (more_down, more_right) = layer.stride, layer.output_padding
+    apart = x.new_zeros(count, channels, (height - 1) * down + 1 + more_down, (width - 1) * right + 1 + more_right)
+    apart[:, :, : apart.shape[2] - more_down : down, : apart.shape[3] - more_right : right] = x
+    edges = [kernel - 2 for kernel in layer.kernel_size]
+    return F.conv2d(apart, layer.weight.flip(2, 3).transpose(0, 1), layer.bias, padding=(edges[0], edges[1]))
 
 
 def lattice(variant: str, height: int, width: int) -> torch.Tensor:
@@ -169,8 +180,10 @@ def load_prm(path: Path, *, image_shape: tuple[int, int, int]) -> PRM:
         raise ModelError(f"{path} is not a PRM; make one with mithridate train --prm v0")
     try:
         shape = tuple(json.loads(metadata["image_shape"]))
+        if not all(type(side) is int for side in shape):
+            raise ValueError(f"image_shape is {metadata['image_shape']}")
         spec = PRMSpec(variant=metadata["variant"], size=metadata["size"], image_shape=shape)  # type: ignore[arg-type]
-    except (KeyError, ValueError, OptionError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError, OptionError) as error:
         raise ModelError(f"the header of {path} is not readable ({error})") from error
     if shape != tuple(image_shape):
         raise ModelError(f"{path} was trained on {list(shape)} images (C, H, W); the data has {list(image_shape)}")

@@ -115,7 +115,7 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
             if HEADER in header:
                 header = {str(key): str(value) for key, value in json.loads(header[HEADER]).items()}
             return {key: file.get_tensor(key) for key in file.keys()}, header  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, AttributeError) as error:
+    except (SafetensorError, OSError, ValueError, AttributeError, RecursionError) as error:
         raise ModelError(f"{path} is not a readable safetensors file ({error}); no other format is taken") from error
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from index_builder.build import BuildPlan, build_bundle
@@ -16,6 +18,7 @@ from mithridate.bundle import Bundle
 from mithridate.datasets import LabelledImages
 from mithridate.defenses import Budget, Resources, build_defence, defence_name
 from mithridate.defenses.prm import SHIFTS, Manipulator, PRMConfig, shifted
+from mithridate.defenses.sampled import Sampled
 from mithridate.errors import MithridateError, ModelError, OptionError
 from mithridate.models import PRM, PRMSpec, build_prm, load_classifier, load_prm, save_prm
 from mithridate.models.prm import VARIANTS, lattice
@@ -159,13 +162,16 @@ def test_the_averaged_surrogate_goes_through_all_eight_moves(manipulated: Resour
     torch.testing.assert_close(averaged.softmax(1), torch.stack(fixed).mean(0), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(("attack", "apart"), [("sampled", True), ("none", False)])
+@pytest.mark.parametrize(("attack", "apart"), [("sampled", True), ("none", False), ("sw", False)])
 def test_the_other_surrogates(manipulated: Resources, images: Images, attack: str, apart: bool) -> None:
+    """A known move costs one pass, not eight that are the same."""
     defence, generator = build_defence(f"prm:module=0,attack={attack}", manipulated), torch.Generator().manual_seed(0)
     first, second = (defence.surrogate(images, generator=generator, budget=Budget()) for _ in range(2))
     assert (not torch.allclose(first, second, atol=1e-3)) == apart
     if not apart:
-        unmoved = scores("prm:module=0,shift=none", manipulated, images)
+        unmoved = scores(f"prm:module=0,shift={attack}", manipulated, images)
+        assert isinstance(defence, Sampled)
+        assert defence.averaging.attack_passes == 1
         torch.testing.assert_close(first.softmax(1).float(), unmoved, rtol=0, atol=1e-5)
 
 
@@ -243,11 +249,16 @@ def test_a_bundle_stores_and_checks_them(tmp_path: Path, digits_bundle: Path, di
     ("text", "part"),
     [
         ("prm:lambda=2", "prm: lambda=2.0 is out of range; allowed: 0 to 1"),
+        ("prm:lambda=nan", "prm: lambda='nan' is not a number"),
+        ("prm:lambda=\u0660", "is not a number"),
+        ("prm:stack=1e99", "stack=1e+99 is out of range"),
+        ("prm:module=" + "9" * 5000, "is too long; allowed: 100 characters"),
+        ("prm:attack=up", "unknown attack of prm 'up'"),
         ("prm:lambda=a/b", "prm: lambda='a/b' is not a number, or numbers joined by /"),
         ("prm:stack=0", "stack=0.0 is out of range; allowed: 1 to 8"),
-        ("prm:stack=1.5", "stack=1.5 is not whole numbers"),
+        ("prm:stack=1.5", "stack=1.5, module=all are not whole numbers"),
         ("prm:shift=up", "unknown shift of prm 'up'"),
-        ("prm:module=v0", "module='v0' is not known; allowed: all, or a number from 0"),
+        ("prm:module=v0", "module='v0' is not a number"),
         ("prm:module=2", "module=2 is not there; the bundle has 2, numbered from 0"),
         ("prm:passes=0", "passes=0 is out of range"),
         ("prm:lambda_=1", "unknown option of prm 'lambda_' (did you mean 'lambda'?)"),
@@ -267,6 +278,26 @@ def test_a_bundle_without_one_says_how_to_get_it(resources: Resources) -> None:
 @pytest.mark.parametrize("text", ["prm", "prm:lambda=0.5", "prm:lambda=0/1,shift=ne,module=1,stack=1/2"])
 def test_a_name_leads_back(manipulated: Resources, text: str) -> None:
     assert build_defence(text, manipulated).name == text == defence_name(text, manipulated)
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("prm:lambda=1.0", "prm"),
+        ("prm:stack=1.0,module=01", "prm:module=1"),
+        ("prm:lambda=0.50/1e0", "prm:lambda=0.5/1"),
+    ],
+)
+def test_one_defence_has_one_name(manipulated: Resources, text: str, name: str) -> None:
+    assert defence_name(text, manipulated) == name
+
+
+@pytest.mark.parametrize("shape", ["5", "[3.0, 32, 32]", "[" * 100_000, '["a"]', "[1, 8]"])
+def test_a_crafted_header_is_refused(tmp_path: Path, shape: str) -> None:
+    metadata = {"kind": "prm", "variant": "v0", "size": "small", "image_shape": shape}
+    save_file({"x": torch.zeros(1)}, tmp_path / "prm.safetensors", {"mithridate": json.dumps(metadata)})
+    with pytest.raises(ModelError):
+        load_prm(tmp_path / "prm.safetensors", image_shape=(3, 32, 32))
 
 
 @pytest.mark.parametrize(

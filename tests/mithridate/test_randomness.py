@@ -26,7 +26,7 @@ def test_any_request_seed_will_do() -> None:
     assert len(set(seeds)) == 5
     assert all(0 <= seed < 2**63 for seed in seeds)
     image = image.expand(2, -1, -1, -1)
-    draws = [float(torch.rand((), generator=g)) for g in pass_generators((1, 2), image, range(3))]
+    draws = [float(torch.rand((), generator=g)) for g in pass_generators(row_seeds((1, 2), image), range(3))]
     assert len(set(draws)) == 6
-    later = [float(torch.rand((), generator=g)) for g in pass_generators((1, 2), image, range(1, 3))]
+    later = [float(torch.rand((), generator=g)) for g in pass_generators(row_seeds((1, 2), image), range(1, 3))]
     assert later == [*draws[1:3], *draws[4:]]  # a pass draws the same whatever is run beside it

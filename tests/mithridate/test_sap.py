@@ -15,7 +15,7 @@ from mithridate.defenses import Budget, Request, Resources, build_defence, defen
 from mithridate.defenses.networks import BaseNetwork
 from mithridate.defenses.pruned_network import ChangedTrunk
 from mithridate.defenses.pruning import prune
-from mithridate.defenses.randomness import pass_generators
+from mithridate.defenses.randomness import pass_generators, row_seeds
 from mithridate.defenses.sampled import Sampled
 from mithridate.defenses.sap import Pruner
 from mithridate.errors import BudgetExceededError, ModelError, OptionError
@@ -54,7 +54,7 @@ def test_equals_one_pass_after_the_other(
     seed, total = int(torch.randint(2**62, (), generator=request)), torch.zeros(6, 10, dtype=torch.float64)
     relu = F.relu
     for number in range(5):
-        own = pass_generators([seed] * 6, images, [number])
+        own = pass_generators(row_seeds([seed] * 6, images), [number])
         monkeypatch.setattr(
             F,
             "relu",
@@ -74,7 +74,7 @@ def test_equals_torchvisions_network_with_its_one_relu_in_place(
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     seed, total = int(torch.randint(2**62, (), generator=torch.Generator().manual_seed(3))), torch.zeros(2, 5).double()
     for number in range(2):
-        own = pass_generators([seed] * 2, images, [number])
+        own = pass_generators(row_seeds([seed] * 2, images), [number])
         monkeypatch.setattr(
             nn.ReLU, "forward", lambda _, x, g=own: prune(x.relu(), fraction=1, sampling="multinomial", generators=g)
         )
@@ -167,7 +167,7 @@ def test_the_vanilla_gradient_is_the_unpruned_networks(resources: Resources, ima
     (gradient,) = torch.autograd.grad(logits[:, 1].sum(), point)
 
     seed = int(torch.randint(2**62, (), generator=torch.Generator().manual_seed(3)))
-    generators = pass_generators([seed] * 6, images, range(2))
+    generators = pass_generators(row_seeds([seed] * 6, images), range(2))
     with torch.no_grad():
         answered = defence.averaging.sampler.begin(images, BaseNetwork(classifier=classifier))(generators, 2)
     leaf = answered.double().requires_grad_()
