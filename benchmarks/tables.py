@@ -209,9 +209,40 @@ def _order(content: dict[str, Any]) -> Iterator[str]:
     yield from _table(["where", "first", "last", "growth"], table)
 
 
+def _by_attacks(content: dict[str, Any]) -> Iterator[str]:
+    rows, attacks = content["rows"], list(content["rows"][0]["static"])
+    yield f"\nn = {content['images']}; behind each accuracy the median L2 distance of what was sent"
+    yield "\nMade on the base model:"
+    yield from _table(
+        ["defence", "x forward", "clean", *attacks],
+        [
+            [
+                f"`{row['defense']}`",
+                f"{row['forward passes']:,.1f}",
+                _share(row["clean"]),
+                *_with_distance(row["static"], attacks),
+            ]
+            for row in rows
+        ],
+    )
+    yield "\nMade through each row's own surrogate; worst case over both tables and the clean images:"
+    yield from _table(
+        ["defence", *attacks, "worst case"],
+        [[f"`{row['defense']}`", *_with_distance(row["adaptive"], attacks), _share(row["worst_case"])] for row in rows],
+    )
+    for block, settings in content["settings"].items():
+        yield f"\n{block}: " + "; ".join(f"`{setting}`" for setting in settings.values())
+    yield f"\nReduced for time: {'; '.join(content['reduced'])}."
+
+
+def _with_distance(cells: dict[str, Any], attacks: list[str]) -> list[str]:
+    return [f"{_share(cells[name])}, {cells[name]['median_l2']:.2f}" for name in attacks]
+
+
 _Kind = tuple[Callable[[dict[str, Any]], bool], Callable[[dict[str, Any]], Iterator[str]]]
 
 _KINDS: tuple[_Kind, ...] = (
+    (lambda content: "static" in _rows(content)[0], _by_attacks),
     (lambda content: "worst case" in _rows(content)[0], _robustness),
     (lambda content: isinstance(content.get("rows"), dict), _rmc),
     (lambda content: "accuracy on attacked images" in content, _purity),

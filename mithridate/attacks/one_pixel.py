@@ -43,12 +43,17 @@ class OnePixel:
         genes = torch.rand(len(rows), self.population, 2 + pixels.shape[1], generator=generator)  # y, x, colours
         fitness = torch.full(genes.shape[:2], torch.inf, dtype=torch.float64)
         trials = genes
-        for generation in range(self.generations + 1):
+        for generation in range(self.generations + 1 if len(rows) else 0):
             scores, misread = self._judge(forward, pixels[rows], labels[rows], trials)
             better = scores < fitness
             genes = torch.where(better[:, :, None], trials, genes)
             fitness = torch.where(better, scores, fitness)
-            fooled = self._keep(forward, pixels, labels, rows, trials, scores, misread, best)
+            leading = torch.arange(len(scores)), (scores - 1e6 * misread).argmin(1)  # misread before all others
+            sent, lowest = painted(pixels[rows], trials[leading]), scores[leading].to(pixels.device)
+            best.offer(rows, sent, lowest)
+            seen = misread[leading].to(pixels.device)
+            fooled = confirmed(forward, sent, labels[rows], seen, checks=self.checks)
+            best.offer(rows[fooled], sent[fooled], torch.full_like(lowest[fooled], -torch.inf))
             rows, genes, fitness = (part[~fooled.to(part.device)] for part in (rows, genes, fitness))
             if generation == self.generations or not len(rows):
                 break
@@ -72,29 +77,6 @@ class OnePixel:
             everyone.split(self.rows_a_call), genes.flatten(0, 1).split(self.rows_a_call), strict=True
         ):
             yield painted(pixels[of.to(pixels.device)], candidates), of.to(pixels.device)
-
-    def _keep(
-        self,
-        forward: Forward,
-        pixels: Pixels,
-        labels: Labels,
-        rows: torch.Tensor,
-        trials: torch.Tensor,
-        scores: torch.Tensor,
-        misread: torch.Tensor,
-        best: BestPoints,
-    ) -> torch.Tensor:
-        """Bool ``[R]``: whose best trial, one that is misread before one that is not, is misread for sure."""
-        if not len(rows):
-            return torch.zeros(0, dtype=torch.bool, device=rows.device)
-        leading = (scores - 1e6 * misread).argmin(1, keepdim=True)  # [R, 1]
-        sent = painted(pixels[rows], trials.gather(1, leading[:, :, None].expand(-1, -1, trials.shape[2]))[:, 0])
-        lowest = scores.gather(1, leading)[:, 0].to(pixels.device)
-        best.offer(rows, sent, lowest)
-        seen = misread.gather(1, leading)[:, 0].to(pixels.device)
-        fooled = confirmed(forward, sent, labels[rows], seen, checks=self.checks)
-        best.offer(rows[fooled], sent[fooled], torch.full_like(lowest[fooled], -torch.inf))
-        return fooled
 
     def _trials(self, genes: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """One for each candidate, from three others."""
