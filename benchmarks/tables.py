@@ -6,10 +6,11 @@ python -m benchmarks.tables > docs/results/README.md
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from benchmarks import results
+from benchmarks import results, tables_random
+from benchmarks.markdown import share, table
 
 
 def main() -> None:
@@ -45,23 +46,23 @@ def _robustness(content: dict[str, Any]) -> Iterator[str]:
     rows = content["rows"]
     columns = list(dict.fromkeys(key for row in rows for key in row if key != "defense"))
     yield f"\nn = {content['images']}, epsilon {content['epsilon']}"
-    yield from _table(
+    yield from table(
         ["defence", *columns],
-        [[f"`{row['defense']}`", *(_share(row[c]) if c in row else "" for c in columns)] for row in rows],
+        [[f"`{row['defense']}`", *(share(row[c]) if c in row else "" for c in columns)] for row in rows],
     )
 
 
 def _rmc(content: dict[str, Any]) -> Iterator[str]:
     rows = content["rows"]
     reference = rows.get("reference", {}).get("batch_1", {}).get("ms")
-    table = []
+    lines = []
     for cell, row in rows.items():
         if "clean" not in row:
             continue
         size = "batch_64" if "batch_64" in row else "batch_1"
         best = row[size]
         slower = best["forward_ms"] / rows["none"][size]["forward_ms"]  # than where the plain model was measured
-        table.append(
+        lines.append(
             [
                 f"`{cell}`",
                 f"{row['batch_1']['ms']:,.1f}",
@@ -69,15 +70,15 @@ def _rmc(content: dict[str, Any]) -> Iterator[str]:
                 f"{best['ms'] / best['forward_ms']:,.2f}",
                 f"{reference * slower / best['ms']:,.0f}" if reference else "",
                 f"{row['peak_mb']:,.0f}",
-                f"{_share(row['clean'])}, n = {row['clean']['n']}",
-                f"{_share(row['attacked'])}, n = {row['attacked']['n']}",
+                f"{share(row['clean'])}, n = {row['clean']['n']}",
+                f"{share(row['attacked'])}, n = {row['attacked']['n']}",
                 _paired(row, rows.get("reference")),
             ]
         )
     header = ["row", "ms, batch 1", "ms, batch 64", "x forward", "reference / it", "peak MB", "clean", "attacked"]
     header.append("attacked, on the reference's images")
     yield f"\n{content['attack']} at {content['epsilon']}, made on the base model"
-    yield from _table(header, table)
+    yield from table(header, lines)
     yield "\n*reference / it* allows for how busy the machine was: by the plain forward passes taken in between."
     for cell, row in rows.items():
         if "note" in row:
@@ -85,19 +86,19 @@ def _rmc(content: dict[str, Any]) -> Iterator[str]:
     if "same-epochs" in rows:
         seconds = rows["same-epochs"]["seconds"]
         yield f"\nSame K, {rows['same-epochs']['epochs']} epochs, one image:"
-        yield from _table(
+        yield from table(
             ["", "seconds", "reference / it"],
             [[name, f"{value:.2f}", f"{seconds['reference'] / value:.2f}"] for name, value in seconds.items()],
         )
     if "same-state" in rows:
         yield f"\nThe reference's settings from the same state, {rows['same-state']['epochs']} epoch:"
-        yield from _table(
+        yield from table(
             ["learning rate", "who", "same class as the reference", "n", "largest difference of a score"],
             [
                 [
                     setting,
                     who,
-                    _share(found["same_class"]),
+                    share(found["same_class"]),
                     str(found["same_class"]["n"]),
                     f"{found['largest_score_difference']:.1e}",
                 ]
@@ -120,17 +121,17 @@ def _paired(row: dict[str, Any], reference: dict[str, Any] | None) -> str:
 def _purity(content: dict[str, Any]) -> Iterator[str]:
     attack = f"{content['attack']} at {content['epsilon']}"
     yield f"\n{content['images']} images, {attack}, {content['neighbors']} neighbours"
-    table = []
+    lines = []
     for query, found in content["queries"].items():
         for store in ("D", "D'"):
             part = found[store]
             purity, wrong = part["purity"], part["share with the wrong label predicted"]
-            table.append([query, store, f"{100 * purity['mean']:.1f}", f"{100 * wrong['mean']:.1f}"])
-    yield from _table(["queries", "neighbours in", "of the image's class", "of the class misread"], table)
-    yield from _table(
+            lines.append([query, store, f"{100 * purity['mean']:.1f}", f"{100 * wrong['mean']:.1f}"])
+    yield from table(["queries", "neighbours in", "of the image's class", "of the class misread"], lines)
+    yield from table(
         ["defence", "right on attacked images"],
         [
-            [f"`{row['defense']}`", f"{_share(row)}, n = {row['images']}"]
+            [f"`{row['defense']}`", f"{share(row)}, n = {row['images']}"]
             for row in content["accuracy on attacked images"]
         ],
     )
@@ -138,7 +139,7 @@ def _purity(content: dict[str, Any]) -> Iterator[str]:
 
 def _scaling(content: dict[str, Any]) -> Iterator[str]:
     yield "\nMilliseconds an image, 64 at a time:"
-    yield from _table(
+    yield from table(
         ["exemplars", "K", "search", "ridge", "adam"],
         [
             [
@@ -157,7 +158,7 @@ def _throughput(content: dict[str, Any]) -> Iterator[str]:
     names = {"serial_rps": "requests/s, 1 client", "parallel_rps": "requests/s, 8 clients"}
     names.update({"open_rate": "open loop, a second", "open_p50_ms": "p50 ms", "open_p99_ms": "p99 ms"})
     yield f"\n{content['dataset']}, one image a request"
-    yield from _table(
+    yield from table(
         ["defence", *names.values()],
         [[f"`{row['defense']}`", *(f"{row[key]:.1f}" for key in names)] for row in content["rows"]],
     )
@@ -167,7 +168,7 @@ def _imagenet(content: dict[str, Any]) -> Iterator[str]:
     yield f"\n{content['arch']}, {content['classes']} classes, {content['side']} px, {content['exemplars']:,} exemplars"
     batches = list(content["rows"][0]["batches"])
     header = [*(f"s an image, batch {count}" for count in batches), "MB before", "peak MB"]
-    yield from _table(
+    yield from table(
         ["defence", *header],
         [
             [
@@ -187,7 +188,7 @@ def _resident(found: Any) -> float:
 
 def _order(content: dict[str, Any]) -> Iterator[str]:
     yield f"\n{content['images']} images, {content['permutations']} orders: largest difference of a score"
-    yield from _table(
+    yield from table(
         ["defence", "adapted", "alone", "together", "other classes"],
         [
             [
@@ -201,71 +202,20 @@ def _order(content: dict[str, Any]) -> Iterator[str]:
         ],
     )
     yield f"\n{content['requests']:,} requests: resident bytes after the first and the last tenth"
-    table = []
+    lines = []
     for where, found in content["memory"].items():
         sizes = list(found["bytes"].values())
         first, last = (_resident(size) for size in (sizes[0], sizes[-1]))
-        table.append([where, f"{first / 1e6:,.1f} MB", f"{last / 1e6:,.1f} MB", f"{100 * (last / first - 1):+.2f} %"])
-    yield from _table(["where", "first", "last", "growth"], table)
-
-
-def _sap(content: dict[str, Any]) -> Iterator[str]:
-    yield f"\n{content['arch']}, n = {content['images']}"
-    yield from _table(["defence", "clean"], [[f"`{name}`", _share(found)] for name, found in content["clean"].items()])
-    if "attacked" not in content:
-        return
-    yield f"\n{content['attack']} at {content['epsilon']}, where SAP is right without; other images count as wrong:"
-    table = [[row["attack"], f"`{row['through']}`", _share(row["sap"])] for row in content["attacked"]]
-    yield from _table(
-        ["attack", "made through", "SAP, 100 passes"], [*table, ["worst case", "", _share(content["worst case"])]]
-    )
-
-
-def _sap_cost(content: dict[str, Any]) -> Iterator[str]:
-    yield "\n100 passes together against 100 calls of one pass:"
-    yield from _table(
-        ["images", "sampling", "s together", "s apart", "together / apart"],
-        [
-            [str(row["batch"]), row["sampling"], *_two(row["together_s"], row["apart_s"], 2)]
-            for row in content["passes"]
-        ],
-    )
-    yield "\nSampling one layer with as many draws as it has activations:"
-    yield from _table(
-        ["activations", "binomial, ns each", "multinomial, ns each", "binomial / multinomial"],
-        [[f"{row['size']:,}", *_two(row["binomial_ns"], row["multinomial_ns"], 1)] for row in content["sampling"]],
-    )
-    rows = content["memory"]["rows"]
-    yield f"\n{rows[0]['images']} images, {rows[0]['passes']} passes: peak resident MB above the loaded model's."
-    yield f"Limit: {content['memory']['limit_mb']}"
-    yield from _table(
-        ["sampling", "MB"], [[row["sampling"], f"{row['peak_mb'] - row['before_mb']:,.0f}"] for row in rows]
-    )
-
-
-def _two(mine: float, other: float, digits: int) -> list[str]:
-    return [f"{mine:.{digits}f}", f"{other:.{digits}f}", f"{mine / other:.2f}"]
-
-
-def _prm(content: dict[str, Any]) -> Iterator[str]:
-    rows, draws = content["prm_rows"], content["draws"]
-    columns = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in ("defense", "worst case")]
-    yield f"\nn = {content['images']}, {content['attack']} at {content['epsilon']}; one fresh draw, and in brackets"
-    yield f"what is right in all of {draws} draws:"
-    table = []
-    for row in rows:
-        cells = [f"{_share(row[c])} [{100 * row[c]['always']['accuracy']:.1f}]" if c in row else "" for c in columns]
-        table.append([f"`{row['defense']}`", *cells, _share(row["worst case"])])
-    yield from _table(["defence", *columns, "worst case"], table)
-    yield "\nThe attacker knows the move:"
-    yield from _table(list(content["known"]), [[_share(found) for found in content["known"].values()]])
+        lines.append([where, f"{first / 1e6:,.1f} MB", f"{last / 1e6:,.1f} MB", f"{100 * (last / first - 1):+.2f} %"])
+    yield from table(["where", "first", "last", "growth"], lines)
 
 
 _Kind = tuple[Callable[[dict[str, Any]], bool], Callable[[dict[str, Any]], Iterator[str]]]
 
 _KINDS: tuple[_Kind, ...] = (
-    (lambda content: "clean" in content, _sap),
-    (lambda content: "sampling" in content, _sap_cost),
+    (lambda content: "clean" in content, tables_random.sap),
+    (lambda content: "sampling" in content, tables_random.sap_cost),
+    (lambda content: "static" in _rows(content)[0], tables_random.by_attacks),
     (lambda content: "worst case" in _rows(content)[0], _robustness),
     (lambda content: isinstance(content.get("rows"), dict), _rmc),
     (lambda content: "accuracy on attacked images" in content, _purity),
@@ -273,21 +223,8 @@ _KINDS: tuple[_Kind, ...] = (
     (lambda content: "serial_rps" in _rows(content)[0], _throughput),
     (lambda content: "batches" in _rows(content)[0], _imagenet),
     (lambda content: "order" in content, _order),
-    (lambda content: "prm_rows" in content, _prm),
+    (lambda content: "prm_rows" in content, tables_random.prm),
 )
-
-
-def _share(found: dict[str, Any]) -> str:
-    low, high = found["interval"]
-    return f"{100 * found['accuracy']:.1f} ({100 * low:.0f}-{100 * high:.0f})"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    yield ""
-    yield f"| {' | '.join(header)} |"
-    yield "|" + "---|" * len(header)
-    for row in rows:
-        yield f"| {' | '.join(row)} |"
 
 
 if __name__ == "__main__":

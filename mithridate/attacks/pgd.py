@@ -7,17 +7,14 @@ up, but the network only ever sees it rounded to 8 bits: what is optimised is wh
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
 
+from mithridate.attacks.judging import Forward
 from mithridate.errors import OptionError
-from mithridate.types import Epsilon, Images, Labels, Logits, Pixels, to_images, to_pixels
-
-Forward = Callable[[Images], Logits]
-"""Differentiable: images ``[N, C, H, W]`` in [0, 1] to logits ``[N, classes]``."""
+from mithridate.types import Epsilon, Images, Labels, Pixels, to_images, to_pixels
 
 _PUBLISHED_STEPS = {10: 0.01, 30: 0.005, 100: 0.001}
 """RMC's own attacks at epsilon 16/255 (authors' code): steps to step size. Scaled with epsilon."""
