@@ -18,7 +18,7 @@ def serve(
     offer: Annotated[
         list[str] | None,
         typer.Option(
-            help="What requests may name; repeat, or all (default: none, rmc, webnn, deepnn; prm where there is one)"
+            help="What requests may name; repeat, or all (default: none, rmc, webnn, deepnn; with a PRM prm, prm+rmc)"
         ),
     ] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file of settings")] = None,

@@ -33,8 +33,8 @@ class Settings(BaseSettings):
     defense: str = "rmc"
     """The defence for requests that do not name one."""
     offer: tuple[str, ...] = DEFAULT_DEFENCES
-    """The defences that a request may name (``all``: every one that the bundle allows, and the compositions of prm, rmc
-    and sap). The default one is always among them."""
+    """The defences that a request may name (``all``: every single one with its default options that the bundle allows,
+    and the compositions of prm, rmc and sap). The default one is always among them."""
     arch: str | None = None
     """Must repeat package.module:factory where the bundle's network is your own code."""
     device: str = "cpu"

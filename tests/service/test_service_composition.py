@@ -84,22 +84,37 @@ def test_unseeded_calls_differ(everything: TestClient, clean: list[bytes], defen
     assert first != second
 
 
-def test_seeded_calls_repeat_exactly_whoever_else_asks(serving: Serving, manipulated: Path, clean: list[bytes]) -> None:
-    """Two services with one seed, one of them busy with others' requests."""
-    answers: list[list[object]] = []
-    for company in (0, 6):
-        with serving(bundle=manipulated, offer=tuple(RANDOM)) as client, ThreadPoolExecutor(7) as pool:
-            found: list[object] = []
-            for defense in RANDOM:
-                others = [
-                    pool.submit(post_json, client, clean[3 + n : 6 + n], defense=RANDOM[n]) for n in range(company)
-                ]
-                found.append(predictions(post(client, clean[0], defense=defense, top_k=10)))
-                assert all(other.result().status_code == 200 for other in others)
-            answers.append(found)
-    quiet, busy = answers
-    for one, other in zip(quiet, busy, strict=True):
-        assert _scores(one) == pytest.approx(_scores(other), abs=1e-4)
+@pytest.fixture(scope="module")
+def seeded(serving: Serving, manipulated: Path) -> Iterator[TestClient]:
+    """A service with one seed for all."""
+    with serving(bundle=manipulated, offer=("none", *RANDOM)) as client:
+        yield client
+
+
+@pytest.mark.parametrize("defense", RANDOM)
+def test_seeded_calls_repeat_exactly_and_beside_others_too(
+    seeded: TestClient, clean: list[bytes], defense: str
+) -> None:
+    first, again = (predictions(post(seeded, clean[0], defense=defense, top_k=10)) for _ in range(2))
+    assert first == again
+    with ThreadPoolExecutor(7) as pool:
+        others = [pool.submit(post_json, seeded, clean[3 + n : 6 + n], defense=defense) for n in range(6)]
+        beside = [pool.submit(post, seeded, clean[0], defense=defense, top_k=10) for _ in range(3)]
+        assert all(other.result().status_code == 200 for other in others)
+        for answer in beside:
+            assert _scores(predictions(answer.result())) == pytest.approx(_scores(first), abs=1e-4)
+
+
+def test_requests_for_one_pass_are_answered_in_one_run(seeded: TestClient, clean: list[bytes]) -> None:
+    """And nobody's draws are anybody else's: each answer is the one that its image gets alone."""
+    alone = [_scores(predictions(post(seeded, clean[n], defense="prm+rmc", top_k=10))) for n in range(12)]
+    with ThreadPoolExecutor(12) as pool:
+        busy = pool.submit(post_json, seeded, clean, defense="sap")  # while it runs, the others gather
+        answers = list(pool.map(lambda n: post(seeded, clean[n], defense="prm+rmc", top_k=10), range(12)))
+        busy.result()
+    assert max(answer.json()["batch"]["requests"] for answer in answers) > 1
+    for answer, wanted in zip(answers, alone, strict=True):
+        assert _scores(predictions(answer)) == pytest.approx(wanted, abs=1e-4)
 
 
 def _scores(found: object) -> list[float]:
