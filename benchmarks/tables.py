@@ -25,6 +25,8 @@ def main() -> None:
         print(f"\n## {path.stem}\n\n```\n{content['command']}\n```\n\n{where}")
         if path.with_suffix(".png").is_file():
             print(f"\n![{path.stem}]({path.stem}.png)")
+        for name in content.get("pictures", []):
+            print(f"\n![{path.stem}-{name}]({path.stem}-{name})")
         for line in _lines(path.name, content):
             print(line)
 
@@ -209,6 +211,42 @@ def _order(content: dict[str, Any]) -> Iterator[str]:
     yield from _table(["where", "first", "last", "growth"], table)
 
 
+def _pixels(content: dict[str, Any]) -> Iterator[str]:
+    prm, rows = content.get("prm"), content["gradients"]
+    yield f"\nn = {content['images']}. R is the mean of |dLoss/dx|."
+    if prm is None:
+        yield from _table(["model", "accuracy", "R"], [[*_gradient(row)] for row in rows])
+        return
+    yield f"PRM {prm['variant']}, its lattice is {100 * prm['lattice_share']:g} % of the pixels. IoU: of it and"
+    yield f"as many pixels with the largest R; {prm['iou_by_chance']:.3f} where they are drawn at random."
+    yield from _table(
+        ["model", "accuracy", "R", "R on the lattice", "R off it", "IoU"],
+        [
+            [*_gradient(row), *(_size(row[key]) for key in ("on_lattice", "off_lattice")), f"{row['iou']:.3f}"]
+            for row in rows
+        ],
+    )
+    cells = {(row["defense"], row["share"], row["pixels"]): row for row in content["masked"]}
+    orders = {"top": "largest R first", "random": "at random", "bottom": "smallest R first"}
+    count = content["masked"][0]["images"]
+    yield f"\n{content['attack']} at {content['epsilon']} on some of the pixels, accuracy, n = {count}:"
+    yield from _table(
+        ["model", "pixels changed", *orders.values()],
+        [
+            [f"`{model}`", f"{100 * share:g} %", *(_share(cells[model, share, order]) for order in orders)]
+            for model, share in dict.fromkeys((model, share) for model, share, _ in cells)
+        ],
+    )
+
+
+def _gradient(row: dict[str, Any]) -> list[str]:
+    return [f"`{row['defense']}`", _share(row), _size(row["mean_gradient"])]
+
+
+def _size(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
 _Kind = tuple[Callable[[dict[str, Any]], bool], Callable[[dict[str, Any]], Iterator[str]]]
 
 _KINDS: tuple[_Kind, ...] = (
@@ -219,6 +257,7 @@ _KINDS: tuple[_Kind, ...] = (
     (lambda content: "serial_rps" in _rows(content)[0], _throughput),
     (lambda content: "batches" in _rows(content)[0], _imagenet),
     (lambda content: "order" in content, _order),
+    (lambda content: "gradients" in content, _pixels),
 )
 
 
