@@ -3,29 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import mithridate
+from mithridate.evaluation.environment import environment
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
-
-
-def environment() -> dict[str, Any]:
-    """Versions and size of the machine; no names."""
-    return {
-        "mithridate": mithridate.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cores": len(os.sched_getaffinity(0)),
-        "threads": torch.get_num_threads(),
-    }
 
 
 def write(name: str, content: dict[str, Any]) -> Path:

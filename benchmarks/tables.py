@@ -26,6 +26,8 @@ def main() -> None:
         print(f"\n## {path.stem}\n\n```\n{content['command']}\n```\n\n{where}")
         if path.with_suffix(".png").is_file():
             print(f"\n![{path.stem}]({path.stem}.png)")
+        for name in content.get("pictures", []):
+            print(f"\n![{path.stem}-{name}]({path.stem}-{name})")
         for line in _lines(path.name, content):
             print(line)
 
@@ -224,6 +226,7 @@ _KINDS: tuple[_Kind, ...] = (
     (lambda content: "batches" in _rows(content)[0], _imagenet),
     (lambda content: "order" in content, _order),
     (lambda content: "prm_rows" in content, tables_random.prm),
+    (lambda content: "gradients" in content, tables_random.pixels),
 )
 
 

@@ -88,3 +88,39 @@ def by_attacks(content: dict[str, Any]) -> Iterator[str]:
 
 def _with_distance(cells: dict[str, Any], attacks: list[str]) -> list[str]:
     return [f"{share(cells[name])}, {cells[name]['median_l2']:.2f}" for name in attacks]
+
+
+def pixels(content: dict[str, Any]) -> Iterator[str]:
+    prm, rows = content.get("prm"), content["gradients"]
+    yield f"\nn = {content['images']}. R is the mean of |dLoss/dx|."
+    if prm is None:
+        yield from table(["model", "accuracy", "R"], [[*_gradient(row)] for row in rows])
+        return
+    yield f"PRM {prm['variant']}, its lattice is {100 * prm['lattice_share']:g} % of the pixels. IoU: of it and"
+    yield f"as many pixels with the largest R; {prm['iou_by_chance']:.3f} where they are drawn at random."
+    yield from table(
+        ["model", "accuracy", "R", "R on the lattice", "R off it", "IoU"],
+        [
+            [*_gradient(row), *(_size(row[key]) for key in ("on_lattice", "off_lattice")), f"{row['iou']:.3f}"]
+            for row in rows
+        ],
+    )
+    cells = {(row["defense"], row["share"], row["pixels"]): row for row in content["masked"]}
+    orders = {"top": "largest R first", "random": "at random", "bottom": "smallest R first"}
+    count = content["masked"][0]["images"]
+    yield f"\n{content['attack']} at {content['epsilon']} on some of the pixels, accuracy, n = {count}:"
+    yield from table(
+        ["model", "pixels changed", *orders.values()],
+        [
+            [f"`{model}`", f"{100 * part:g} %", *(share(cells[model, part, order]) for order in orders)]
+            for model, part in dict.fromkeys((model, part) for model, part, _ in cells)
+        ],
+    )
+
+
+def _gradient(row: dict[str, Any]) -> list[str]:
+    return [f"`{row['defense']}`", share(row), _size(row["mean_gradient"])]
+
+
+def _size(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"

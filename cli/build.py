@@ -67,8 +67,8 @@ def build(
         out=out,
         model=model,
         arch=arch,
-        mean=_numbers("--mean", mean),
-        std=_numbers("--std", std),
+        mean=shared.numbers("--mean", mean),
+        std=shared.numbers("--std", std),
         embedding_layer=embedding_layer,
         tail_layer=tail_layer,
         prm=tuple(prm or ()),
@@ -117,14 +117,3 @@ def _activation(shape: tuple[int, ...] | None, exemplars: int) -> list[list[str]
     if shape is None:
         return []
     return [["activation", f"{'x'.join(map(str, shape))} float16, {size(2 * math.prod(shape) * exemplars)} in all"]]
-
-
-def _numbers(option: str, text: str | None) -> tuple[float, ...] | None:
-    if text is None:
-        return None
-    from mithridate.errors import OptionError
-
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError as error:
-        raise OptionError(f"{option} {text!r} is not numbers with commas between them, as in 0.5,0.5,0.5") from error

@@ -13,6 +13,7 @@ from cli.attack import attack
 from cli.bench import bench
 from cli.build import build
 from cli.demo import demo
+from cli.inspect import inspect
 from cli.predict import predict
 from cli.serve import serve
 from cli.train import train
@@ -39,6 +40,7 @@ app = typer.Typer(
 )
 for command in (train, build, verify, serve, predict, attack, bench, demo):
     app.command()(command)
+app.add_typer(inspect, name="inspect")
 
 
 def _version(asked: bool) -> None:

@@ -77,10 +77,10 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
         table.add_column(name, justify="left" if number == 0 else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
-    console = Console()
+    console = Console(markup=False, emoji=False)  # of the console, not of print: else [test,:30] in a title is a style
     if not console.is_terminal:
-        console = Console(width=120)  # a pipe or a file has no width to fit
-    console.print(table, markup=False)
+        console.width = 120  # a pipe or a file has no width to fit
+    console.print(table)
 
 
 def percent(share: float) -> str:

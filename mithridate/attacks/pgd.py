@@ -40,16 +40,26 @@ class PGD:
         """``fgsm``, or ``pgd10`` and the like: what ``parse_attack`` reads."""
         return "fgsm" if self.steps == 1 and not self.random_start else f"pgd{self.steps}"
 
-    def run(self, forward: Forward, pixels: Pixels, labels: Labels, *, generator: torch.Generator) -> Pixels:
+    def run(
+        self,
+        forward: Forward,
+        pixels: Pixels,
+        labels: Labels,
+        *,
+        generator: torch.Generator,
+        mask: torch.Tensor | None = None,
+    ) -> Pixels:
         """Raises the cross-entropy of ``labels`` ``[N]`` for uint8 ``pixels`` ``[N, C, H, W]``; gives uint8 back.
 
         Of all points visited the best is returned: a misclassified one before a correct one, then the highest loss.
-        ``generator`` (on the CPU) draws the start.
+        ``generator`` (on the CPU) draws the start. ``mask``, bool ``[H, W]`` or what else broadcasts to the images,
+        says which pixels may change; it holds within every step and for the start, so the others never do. Raises
+        ValueError for another mask.
         """
-        clean = to_images(pixels)
+        clean, allowed = to_images(pixels), _allowed(mask, pixels)
         best_pixels = pixels.clone()
         best_rank = torch.full((len(pixels),), -torch.inf, dtype=torch.float64, device=pixels.device)
-        delta = self._start(clean, generator)
+        delta = _only(allowed, self._start(clean, generator))
         for step in range(self.steps + 1):
             point = to_images(to_pixels(clean + delta)).requires_grad_(step < self.steps)
             with torch.set_grad_enabled(step < self.steps):
@@ -61,7 +71,7 @@ class PGD:
             best_pixels[better] = to_pixels(point.detach()[better])
             if step < self.steps:
                 (gradient,) = torch.autograd.grad(losses.sum(), point)
-                delta = self._project(clean, delta + self.step_size * gradient.sign())
+                delta = self._project(clean, delta + self.step_size * _only(allowed, gradient.sign()))
         return best_pixels
 
     def _start(self, clean: Images, generator: torch.Generator) -> torch.Tensor:
@@ -74,6 +84,23 @@ class PGD:
         """Into the ball and into [0, 1]; both end on whole levels, so rounding cannot leave them."""
         delta = delta.clamp(-self.epsilon.value, self.epsilon.value)
         return (clean + delta).clamp(0, 1) - clean
+
+
+def _allowed(mask: torch.Tensor | None, pixels: Pixels) -> torch.Tensor | None:
+    """The mask where the pixels are, if it is one."""
+    if mask is None:
+        return None
+    if mask.dtype != torch.bool:
+        raise ValueError(f"a mask is bool; seen: {mask.dtype}")
+    try:
+        return mask.to(pixels.device).broadcast_to(pixels.shape)
+    except RuntimeError as error:
+        raise ValueError(f"a mask of {list(mask.shape)} does not fit images of {list(pixels.shape)}") from error
+
+
+def _only(allowed: torch.Tensor | None, change: torch.Tensor) -> torch.Tensor:
+    """0 where nothing may change, whatever was there: 0 times NaN would be NaN."""
+    return change if allowed is None else torch.where(allowed, change, 0.0)
 
 
 def parse_attack(name: str, *, epsilon: Epsilon) -> PGD:

@@ -19,7 +19,7 @@ from mithridate.images import encode_png
 from service.app import create_app
 from service.settings import load_settings
 
-VERBS = ("train", "build", "verify", "serve", "predict", "attack", "bench", "demo")
+VERBS = ("train", "build", "verify", "serve", "predict", "attack", "bench", "demo", "inspect")
 
 
 def test_help_is_quick_and_imports_nothing_heavy() -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from attack_client import Client
+from cli.output import print_table
 from mithridate.datasets import LabelledImages
 from mithridate.errors import InputError
 from mithridate.images import encode_png
@@ -161,3 +162,10 @@ def test_a_foreign_server_is_recognised() -> None:
                 client.wait_until_ready(20)
         finally:
             server.terminate()
+
+
+def test_a_table_shows_its_text_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    """A data set's split looks like a style to rich, a class may be called like an emoji."""
+    print_table("digits[test,:30]", ["[bold]"], [["[red]5[/red] :cat:"]])
+    out = capsys.readouterr().out
+    assert all(text in out for text in ("digits[test,:30]", "[bold]", "[red]5[/red] :cat:"))

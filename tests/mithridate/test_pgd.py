@@ -190,6 +190,61 @@ def test_a_model_that_gives_nan_leaves_the_image_as_it_is() -> None:
     assert torch.equal(found, pixels)
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    shape=st.sampled_from([(4, 5), (1, 4, 5), (3, 4, 5), (6, 1, 4, 5), (5,), (1, 1)]),
+    share=st.sampled_from([0.0, 0.3, 1.0]),
+    random_start=st.booleans(),
+    seed=st.integers(0, 2**32),
+)
+def test_nothing_changes_off_the_mask(shape: tuple[int, ...], share: float, random_start: bool, seed: int) -> None:
+    """Neither what is returned nor what the network is ever shown; the start included."""
+    forward, _ = linear(seed, shape=(3, 4, 5))
+    pixels, labels = random_pixels(seed, 6, (3, 4, 5)), torch.arange(6) % 4
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < share
+    attack, seen = PGD(epsilon=Epsilon(40), steps=4, step_size=0.05, random_start=random_start), []
+    found = attack.run(
+        recorded(forward, seen), pixels, labels, generator=torch.Generator().manual_seed(seed), mask=mask
+    )
+    off = ~mask.broadcast_to(pixels.shape)
+    for point in (found, *((images * 255).round().to(torch.uint8) for images in seen)):
+        assert torch.equal(point[off], pixels[off])
+    if share == 1:
+        assert torch.equal(found, run(attack, forward, pixels, labels, seed)), "a full mask is no mask"
+        assert not torch.equal(found, pixels)
+
+
+def test_a_masked_attack_is_the_attack_on_a_model_of_these_pixels_alone() -> None:
+    """In the loop, not afterwards: an unmasked attack that is cut at its end would have taken other steps."""
+    _, weight = linear(2, shape=(1, 4, 4))
+    mask = torch.rand(4, 4, generator=torch.Generator().manual_seed(2)) < 0.5
+    pixels, labels = random_pixels(2, 8, (1, 4, 4)), torch.arange(8) % 4
+    attack = PGD(epsilon=Epsilon(60), steps=9, step_size=0.06, random_start=False)
+
+    def whole(images: torch.Tensor) -> torch.Tensor:
+        return (3 * images.flatten(1) @ weight.T).sin()  # bumpy: what is best here depends on all the others
+
+    found = attack.run(whole, pixels, labels, generator=torch.Generator(), mask=mask)
+    rest = torch.where(mask, 0, to_images(pixels)).flatten(1) @ weight.T  # what the fixed pixels say, a constant
+
+    def reduced(images: torch.Tensor) -> torch.Tensor:
+        return (3 * (images.flatten(1) @ weight[:, mask.flatten()].T + rest)).sin()
+
+    few = attack.run(reduced, pixels[:, :, mask][:, :, None], labels, generator=torch.Generator())
+    assert torch.equal(found[:, :, mask], few[:, :, 0])
+
+
+@pytest.mark.parametrize(
+    ("mask", "says"),
+    [(torch.ones(3, 3), "bool; seen: torch.float32"), (torch.ones(2, 3, dtype=torch.bool), r"\[2, 3\] does not fit")],
+)
+def test_what_is_no_mask_is_refused(mask: torch.Tensor, says: str) -> None:
+    forward, _ = linear(0)
+    pixels, labels = random_pixels(0, 2), torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(ValueError, match=says):
+        parse_attack("pgd3", epsilon=Epsilon(8)).run(forward, pixels, labels, generator=torch.Generator(), mask=mask)
+
+
 def test_leaves_no_gradients_behind(resources: Resources, digits_test: LabelledImages) -> None:
     pixels, labels = torch.from_numpy(digits_test.images[:8]), torch.from_numpy(digits_test.labels[:8])
     run(parse_attack("pgd3", epsilon=Epsilon(8)), resources.classifier, pixels, labels)
