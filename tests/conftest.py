@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch is loaded: see cli/main.py
@@ -14,9 +15,11 @@ import pytest
 import torch
 
 from index_builder.build import BuildPlan, build_bundle
+from index_builder.prm_training import PRMPlan, train_prm
 from mithridate.bundle import Bundle
 from mithridate.datasets import LabelledImages, load_dataset
 from mithridate.defenses import Resources
+from mithridate.models import save_prm
 from mithridate.neighbors import set_search_threads
 from mithridate.types import Epsilon
 
@@ -48,6 +51,25 @@ def digits_bundle(tmp_path_factory: pytest.TempPathFactory, digits_train: Labell
     out = tmp_path_factory.mktemp("bundles") / "digits"
     build_bundle(BuildPlan(data=digits_train, out=out, attacks=("pgd10",), epsilon=Epsilon(32), shard_size=512))
     return out
+
+
+@pytest.fixture(scope="session")
+def manipulated_bundle(
+    tmp_path_factory: pytest.TempPathFactory, digits_bundle: Path, digits_train: LabelledImages
+) -> Path:
+    """The same model in a smaller bundle, with a trained PRM."""
+    directory = tmp_path_factory.mktemp("manipulated")
+    save_prm(train_prm(digits_train, PRMPlan(epochs=2)), directory / "prm.safetensors")
+    plan = BuildPlan(
+        data=replace(digits_train, images=digits_train.images[:600], labels=digits_train.labels[:600]),
+        out=directory / "digits",
+        model=digits_bundle / "model.safetensors",
+        prm=(directory / "prm.safetensors",),
+        attacks=("pgd10",),
+        epsilon=Epsilon(32),
+    )
+    build_bundle(plan)
+    return plan.out
 
 
 @pytest.fixture(scope="session")

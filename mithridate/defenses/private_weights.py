@@ -158,17 +158,22 @@ class _Traced(nn.Module):
 
     def __init__(self, traced: fx.GraphModule) -> None:
         super().__init__()
-        for name, child in traced.named_children():
-            self.add_module(name, child)
-        for name, parameter in traced.named_parameters(recurse=False):
-            self.register_parameter(name, parameter)
-        for name, buffer in traced.named_buffers(recurse=False):
-            self.register_buffer(name, buffer)
+        take_over(traced, self)
         self._code = type(traced).forward  # a plain function
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = self._code(self, x)
         return out
+
+
+def take_over(traced: fx.GraphModule, holder: nn.Module) -> None:
+    """Gives ``holder`` what the graph calls and reads, without the graph itself."""
+    for name, child in traced.named_children():
+        holder.add_module(name, child)
+    for name, parameter in traced.named_parameters(recurse=False):
+        holder.register_parameter(name, parameter)
+    for name, buffer in traced.named_buffers(recurse=False):
+        holder.register_buffer(name, buffer)
 
 
 def _forms(network: nn.Module) -> Iterator[nn.Module]:

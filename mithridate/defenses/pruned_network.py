@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from mithridate.defenses.private_weights import take_over
 from mithridate.errors import ModelError, OptionError
 from mithridate.models import Classifier
 from mithridate.models.classifier import padded, pooled
@@ -137,12 +138,7 @@ class _Copies(dict[fx.Node, Any]):
 def _layers(traced: fx.GraphModule) -> nn.Module:
     """What the graph calls and reads, without the graph: copying one compiles it again."""
     layers = nn.Module()
-    for name, child in traced.named_children():
-        layers.add_module(name, child)
-    for name, parameter in traced.named_parameters(recurse=False):
-        layers.register_parameter(name, parameter)
-    for name, buffer in traced.named_buffers(recurse=False):
-        layers.register_buffer(name, buffer)
+    take_over(traced, layers)
     return layers.eval()
 
 

@@ -6,43 +6,20 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from index_builder.build import BuildPlan, build_bundle
-from index_builder.prm_training import PRMPlan, train_prm
-from mithridate.datasets import LabelledImages
 from mithridate.evaluation import pixel_figures
-from mithridate.models import save_prm
-from mithridate.types import Epsilon
 
 DATA = ("--dataset", "digits[test,:30]")
 QUICK = ("--attack", "pgd2", "--lambdas", "0,0.5,1", "--shares", "0,25,100", "--threads", "2")
 PNG = b"\x89PNG\r\n"
 
 
-@pytest.fixture(scope="module")
-def manipulated(tmp_path_factory: pytest.TempPathFactory, digits_bundle: Path, digits_train: LabelledImages) -> Path:
-    """A bundle with a trained PRM."""
-    directory = tmp_path_factory.mktemp("manipulated")
-    save_prm(train_prm(digits_train, PRMPlan(epochs=2)), directory / "prm.safetensors")
-    plan = BuildPlan(
-        data=replace(digits_train, images=digits_train.images[:100], labels=digits_train.labels[:100]),
-        out=directory / "digits",
-        model=digits_bundle / "model.safetensors",
-        prm=(directory / "prm.safetensors",),
-        attacks=("pgd1",),
-        epsilon=Epsilon(32),
-    )
-    build_bundle(plan)
-    return plan.out
-
-
-def test_writes_pictures_and_numbers(mithridate: Callable, manipulated: Path, tmp_path: Path) -> None:
+def test_writes_pictures_and_numbers(mithridate: Callable, manipulated_bundle: Path, tmp_path: Path) -> None:
     out = tmp_path / "deep" / "pixels"
-    result = mithridate("inspect", "pixels", manipulated, *DATA, *QUICK, "--out", out, "--json")
+    result = mithridate("inspect", "pixels", manipulated_bundle, *DATA, *QUICK, "--out", out, "--json")
     assert result.code == 0, result.err
     content = json.loads((out / "pixels.json").read_text())
     assert json.loads(result.out) == content
@@ -63,9 +40,11 @@ def test_writes_pictures_and_numbers(mithridate: Callable, manipulated: Path, tm
     assert list(out.parent.iterdir()) == [out]
 
 
-def test_the_table_says_what_the_file_says(mithridate: Callable, manipulated: Path, tmp_path: Path) -> None:
+def test_the_table_says_what_the_file_says(mithridate: Callable, manipulated_bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    result = mithridate("inspect", "pixels", manipulated, *DATA, *QUICK, "--attacked", 20, "--out", tmp_path / "empty")
+    result = mithridate(
+        "inspect", "pixels", manipulated_bundle, *DATA, *QUICK, "--attacked", 20, "--out", tmp_path / "empty"
+    )
     assert result.code == 0, result.err
     content = json.loads((tmp_path / "empty" / "pixels.json").read_text())
     assert "digits[test,:30], n = 30" in result.out
@@ -108,7 +87,7 @@ def test_without_a_prm_it_says_what_is_left(mithridate: Callable, digits_bundle:
 )
 def test_bad_input_is_one_line_and_leaves_nothing(
     mithridate: Callable,
-    manipulated: Path,
+    manipulated_bundle: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     arguments: tuple[str, ...],
@@ -117,7 +96,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("mine")
-    result = mithridate("inspect", "pixels", *(str(manipulated) if a == "BUNDLE" else a for a in arguments))
+    result = mithridate("inspect", "pixels", *(str(manipulated_bundle) if a == "BUNDLE" else a for a in arguments))
     assert result.code == 2
     assert result.err.count("\n") == 1
     assert result.err.startswith("error: ")

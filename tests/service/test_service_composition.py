@@ -4,44 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from service_helpers import Serving, check_problem, post, post_json, predictions
 from starlette.testclient import TestClient
 
-from index_builder.build import BuildPlan, build_bundle
-from index_builder.prm_training import PRMPlan, train_prm
-from mithridate.datasets import LabelledImages
-from mithridate.models import save_prm
-from mithridate.types import Epsilon
-
 COMPOSED = ["prm+rmc", "prm+sap", "rmc+sap", "prm+rmc+sap"]
 RANDOM = ["prm", "sap", "randomization", "region", "pixel-deflection", *COMPOSED]
 
 
 @pytest.fixture(scope="module")
-def manipulated(tmp_path_factory: pytest.TempPathFactory, digits_bundle: Path, digits_train: LabelledImages) -> Path:
-    """A bundle with a trained PRM."""
-    directory = tmp_path_factory.mktemp("manipulated")
-    save_prm(train_prm(digits_train, PRMPlan(epochs=2)), directory / "prm.safetensors")
-    plan = BuildPlan(
-        data=replace(digits_train, images=digits_train.images[:600], labels=digits_train.labels[:600]),
-        out=directory / "digits",
-        model=digits_bundle / "model.safetensors",
-        prm=(directory / "prm.safetensors",),
-        attacks=("pgd10",),
-        epsilon=Epsilon(32),
-    )
-    build_bundle(plan)
-    return plan.out
-
-
-@pytest.fixture(scope="module")
-def everything(serving: Serving, manipulated: Path) -> Iterator[TestClient]:
+def everything(serving: Serving, manipulated_bundle: Path) -> Iterator[TestClient]:
     """A service with secret seeds that offers all there is."""
-    with serving(bundle=manipulated, offer=("all",), seed=None) as client:
+    with serving(bundle=manipulated_bundle, offer=("all",), seed=None) as client:
         yield client
 
 
@@ -85,9 +61,9 @@ def test_unseeded_calls_differ(everything: TestClient, clean: list[bytes], defen
 
 
 @pytest.fixture(scope="module")
-def seeded(serving: Serving, manipulated: Path) -> Iterator[TestClient]:
+def seeded(serving: Serving, manipulated_bundle: Path) -> Iterator[TestClient]:
     """A service with one seed for all."""
-    with serving(bundle=manipulated, offer=("none", *RANDOM)) as client:
+    with serving(bundle=manipulated_bundle, offer=("none", *RANDOM)) as client:
         yield client
 
 
@@ -140,9 +116,9 @@ def test_nonsense_is_422(everything: TestClient, clean: list[bytes], defense: st
 
 
 def test_what_a_bundle_has_is_offered_without_being_told(
-    serving: Serving, manipulated: Path, clean: list[bytes]
+    serving: Serving, manipulated_bundle: Path, clean: list[bytes]
 ) -> None:
-    with serving(bundle=manipulated) as client:
+    with serving(bundle=manipulated_bundle) as client:
         offered = [entry["name"] for entry in client.get("/v1/defenses").json()["defenses"]]
         assert offered == ["rmc", "none", "webnn", "deepnn", "prm", "prm+rmc"]
         assert predictions(post(client, clean[0], defense="prm+rmc"))
