@@ -53,6 +53,11 @@ def verify(
                 ["classes", str(len(manifest.classes))],
                 ["exemplars", str(len(manifest.layout))],
                 ["index", manifest.index],
+                *(
+                    [["prm", ", ".join(f"{entry.variant} ({entry.size})" for entry in manifest.prm)]]
+                    if manifest.prm
+                    else []
+                ),
                 *accuracies,
             ],
         )

@@ -26,8 +26,8 @@ from service.settings import ALL, Settings
 
 logger = logging.getLogger("mithridate.service")
 
-_REPEATS, _SECONDS = 9, 0.5
-"""So often a warm defence is timed at the most, and so long."""
+_REPEATS, _SECONDS, _LONG = 9, 0.5, 5.0
+"""So often a warm defence is timed at the most, and so long; once where an answer takes up to that long."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +96,8 @@ def _warm(resources: Resources, defences: dict[str, Defence]) -> dict[str, float
     for name, defence in defences.items():
         first = seconds(defence)
         logger.info("warmed %s in %.0f ms", name, 1000 * first)
-        repeats = min(_REPEATS, int(_SECONDS / first))
+        # The first answer may have loaded a library: it counts only where a second one would keep users waiting.
+        repeats = max(int(first < _LONG), min(_REPEATS, int(_SECONDS / first)))
         pairs = [(seconds(defence), seconds(base)) for _ in range(repeats)] or [(first, seconds(base))]
         mine, plain = (sorted(column)[len(pairs) // 2] for column in zip(*pairs, strict=True))
         costs[name] = None if _fine_tunes(defence) else mine / plain

@@ -118,4 +118,5 @@ def report_bundle(manifest: Manifest, digest: str) -> BundleResponse:
             for copy in manifest.copies
         ],
         index=manifest.index,
+        prm=[entry.variant for entry in manifest.prm],
     )

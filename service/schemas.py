@@ -143,6 +143,7 @@ class BundleResponse(BaseModel):
     exemplars: int
     copies: list[CopyInfo]
     index: str
+    prm: list[str] = Field(description="variants of its pixel robustness manipulators, numbered from 0")
 
 
 class ProblemDocument(BaseModel):

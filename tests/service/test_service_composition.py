@@ -31,6 +31,10 @@ def test_all_are_offered_with_what_they_cost(everything: TestClient) -> None:
     assert costs["prm+rmc+sap"] > costs["prm"]
 
 
+def test_the_bundle_says_which_prms_it_has(everything: TestClient) -> None:
+    assert everything.get("/v1/bundle").json()["prm"] == ["v0"]
+
+
 @pytest.mark.parametrize("defense", RANDOM)
 def test_every_one_answers_under_its_name(everything: TestClient, clean: list[bytes], defense: str) -> None:
     answer = post_json(everything, clean[:2], defense=defense, top_k=10)

@@ -118,6 +118,7 @@ def test_bundle(client: TestClient, clean: list[bytes], digits_bundle: Path, dig
         "arch": "small-cnn",
         "exemplars": 2 * len(digits_train),
         "index": bundle.manifest.index,
+        "prm": [],
     }
     assert [(copy["name"], copy["epsilon"]) for copy in copies] == [("clean", None), ("pgd10", "32/255")]
     assert copies[0]["base_accuracy"] > 0.9 > 0.5 > copies[1]["base_accuracy"]
