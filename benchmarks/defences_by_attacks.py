@@ -72,7 +72,7 @@ DRAWS = {"one pixel": 1, "jsma": 1, "deepfool": 1, "c&w": 1, "pgd": 3}
 REDUCED = (
     "one pixel, static: 100 candidates x 20 generations; published 400 x 100",
     "one pixel, adaptive: 30 x 8",
-    "c&w, adaptive: 40 steps x 3 values of c, from c = 1; published 100 x 10, from 0.001",
+    "c&w, adaptive: 40 steps x 3 values of c, from c = 1; Hwang et al. 100 x 10, from 0.001",
     "adaptive: 1 draw for one answer to the attacker, 3 for pgd; usual 10",
     "region: 100 votes; published 1,000",
     "sap: 50 passes, binomial; published 100, multinomial",

@@ -56,8 +56,9 @@ def prm(content: dict[str, Any]) -> Iterator[str]:
         cells = [f"{share(row[c])} [{100 * row[c]['always']['accuracy']:.1f}]" if c in row else "" for c in columns]
         lines.append([f"`{row['defense']}`", *cells, share(row["worst case"])])
     yield from table(["defence", *columns, "worst case"], lines)
-    yield "\nThe attacker knows the move:"
-    yield from table(list(content["known"]), [[share(found) for found in content["known"].values()]])
+    known = {move: found for move, found in content["known"].items() if move != "mean"}
+    yield f"\nThe attacker knows the move (mean {100 * content['known']['mean']:.1f}):"
+    yield from table(list(known), [[share(found) for found in known.values()]])
 
 
 def by_attacks(content: dict[str, Any]) -> Iterator[str]:

@@ -1,10 +1,11 @@
 """Carlini and Wagner's L2 attack: the smallest change that is misread, by Adam and a search for its price.
 
-Carlini and Wagner 2017 (arXiv:1608.04644), sections V and VI, with the constants of their code. Other than theirs, the
-network is only ever shown points rounded to 8 bits, and among these it is that the smallest is looked for (Adam moves
-real numbers; the gradient is that at the rounded point). And the change of variables is a sine, in a box that reaches
-half a level beyond black and white, up to where 8 bits still round to them: tanh is flat at 0 and 1, and pixels that
-start there stay there.
+Carlini and Wagner 2017 (arXiv:1608.04644), sections V and VI, with the step size, first c and kappa of their code;
+steps and searches are those of Hwang et al. 2019 (theirs: 10,000 and 9). Other than theirs, the network is only ever
+shown points rounded to 8 bits, and among these it is that the smallest is looked for (Adam moves real numbers; the
+gradient is that at the rounded point). And the change of variables is a sine, in a box that reaches half a level beyond
+black and white, up to where 8 bits still round to them: tanh is flat at 0 and 1, and pixels that start there stay
+there.
 """
 
 from __future__ import annotations

@@ -39,7 +39,8 @@ class OnePixel:
         ``generator`` (on the CPU) draws the evolution. Images that are misread as they are stay so.
         """
         best = BestPoints(pixels)
-        rows = (margins(forward(to_images(pixels)), labels) >= 0).nonzero()[:, 0]
+        misread = margins(forward(to_images(pixels)), labels) < 0
+        rows = (~confirmed(forward, pixels, labels, misread, checks=self.checks)).nonzero()[:, 0]
         genes = torch.rand(len(rows), self.population, 2 + pixels.shape[1], generator=generator)  # y, x, colours
         fitness = torch.full(genes.shape[:2], torch.inf, dtype=torch.float64)
         trials = genes

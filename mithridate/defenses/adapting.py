@@ -72,6 +72,11 @@ class Adapter(Protocol):
         """Whether several images together cost less than one after the other."""
         ...
 
+    @property
+    def repeatable(self) -> bool:
+        """Whether running it twice is cheap, and it takes no gradient steps by autograd."""
+        ...
+
     def adapt(self, query: Query) -> Adapted:
         """Looks at each row's budget between steps; a row whose budget ended says so in its adaptation."""
         ...

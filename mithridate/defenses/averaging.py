@@ -39,10 +39,33 @@ _FIRST_STAGE = 2**40
 
 Generators = Sequence[torch.Generator]
 
-Run = Callable[[Generators, int], Logits]
-"""``run(generators, copies) -> logits [N * copies, ...]``, the copies of an image side by side; row i draws from
-``generators[i]`` alone.
-"""
+
+@dataclass(frozen=True, kw_only=True)
+class Draws:
+    """Which ``passes`` are run of ``N`` images, and the images' seeds, ``rows``. A pass draws the same whichever others
+    are run with it."""
+
+    rows: Sequence[int]
+    passes: range
+
+    @property
+    def copies(self) -> int:
+        """Passes of an image."""
+        return len(self.passes)
+
+    @property
+    def generators(self) -> list[torch.Generator]:
+        """One a row, ``[N * copies]``, those of an image side by side."""
+        return pass_generators(self.rows, self.passes)
+
+    @property
+    def turns(self) -> torch.Tensor:
+        """int64 ``[N * copies]``: goes up by one from pass to pass, and begins anywhere."""
+        return torch.tensor([row % 2**32 + number for row in self.rows for number in self.passes])
+
+
+Run = Callable[[Draws], Logits]
+"""``run(draws) -> logits [N * copies, ...]``, the copies of an image side by side."""
 
 
 class Sampler(Protocol):
@@ -77,9 +100,8 @@ class Transform(Protocol):
 
     def apply(self, images: Images, generators: Generators) -> Images: ...
 
-    def apply_attack(self, images: Images, generators: Generators, copies: int) -> Images:
-        """For attackers: differentiable along the path that suits them best; ``copies`` rows in turn are of one
-        image."""
+    def apply_attack(self, images: Images, draws: Draws) -> Images:
+        """For attackers: differentiable along the path that suits them best."""
         ...
 
 
@@ -94,13 +116,13 @@ class Transformed:
         return self.transform.bytes_a_row
 
     def begin(self, images: Images, network: Network) -> Run:
-        return lambda generators, copies: network.logits(
-            self.transform.apply(images.repeat_interleave(copies, 0), generators)
+        return lambda draws: network.logits(
+            self.transform.apply(images.repeat_interleave(draws.copies, 0), draws.generators)
         )
 
     def begin_attack(self, images: Images, network: Network) -> Run:
-        return lambda generators, copies: network.logits(
-            self.transform.apply_attack(images.repeat_interleave(copies, 0), generators, copies)
+        return lambda draws: network.logits(
+            self.transform.apply_attack(images.repeat_interleave(draws.copies, 0), draws)
         )
 
 
@@ -142,7 +164,7 @@ class Averaging:
             # a pass drops depends on the last bit.
             extra = -(-missing_rows(len(images) * copies, images.device) // max(1, len(images)))
             numbers = range(done, done + copies + extra)
-            opinions = self._opinions(run(pass_generators(rows, numbers), len(numbers)))
+            opinions = self._opinions(run(Draws(rows=rows, passes=numbers)))
             opinions = opinions.unflatten(0, (len(images), len(numbers)))[:, :copies]
             total = total.to(opinions.device) + opinions.sum(1)
             done += copies
@@ -154,7 +176,7 @@ class Averaging:
         run = self.sampler.begin_attack(images, network)
 
         def some(start: int, stop: int) -> Logits:
-            logits = run(pass_generators(rows, range(start, stop)), stop - start)
+            logits = run(Draws(rows=rows, passes=range(start, stop)))
             by_pass: Logits = logits.unflatten(0, (len(images), -1)).transpose(0, 1)  # [passes, N, ...]
             return by_pass
 
@@ -173,19 +195,17 @@ def rows_attacked_at_a_time(bytes_a_row: int) -> int:
     return max(1, _BYTES_ATTACKED_AT_A_TIME // (_KEPT * bytes_a_row))
 
 
-def in_groups(answer: Callable[[int, int], Logits], count: int, size: int) -> Logits:
+def in_groups(answer: Callable[[int, int], Logits], count: int, size: int, *, repeatable: bool = True) -> Logits:
     """``answer(start, stop)`` of up to ``size`` rows at a time, ``[count, ...]``. Where that makes several groups, none
-    is kept for the gradient: each is run again when it is needed, so ``answer`` must give the same twice.
+    is kept for the gradient: each is run again when it is needed, so ``answer`` must give the same twice, and take no
+    gradients of its own. What is not ``repeatable`` is kept.
     """
     if count <= size:
         return answer(0, count)
-    starts = range(0, count, size)
-    return torch.cat(
-        [
-            checkpoint(answer, start, min(start + size, count), use_reentrant=False, preserve_rng_state=False)
-            for start in starts
-        ]
-    )
+    groups = [(start, min(start + size, count)) for start in range(0, count, size)]
+    if not repeatable:
+        return torch.cat([answer(*group) for group in groups])
+    return torch.cat([checkpoint(answer, *group, use_reentrant=False, preserve_rng_state=False) for group in groups])
 
 
 def log_mean(logits: Logits, copies: int) -> Logits:
@@ -213,15 +233,24 @@ class FirstStage:
             found.append(self.transform.apply(images[start : start + size], generators))
         return torch.cat(found)
 
-    def attack(self, images: Images, rows: Sequence[int], answer: Callable[[Images, Sequence[int]], Logits]) -> Logits:
-        """The log of the mean score of ``answer(images, rows)`` over draws (expectation over transformation)."""
+    def attack(
+        self,
+        images: Images,
+        rows: Sequence[int],
+        answer: Callable[[Images, Sequence[int]], Logits],
+        *,
+        repeatable: bool = True,
+    ) -> Logits:
+        """The log of the mean score of ``answer(images, rows)`` over draws (expectation over transformation).
+        ``repeatable`` as in ``in_groups``.
+        """
         copies = self.attack_passes
         numbers = range(_FIRST_STAGE, _FIRST_STAGE + copies)
 
         def some(start: int, stop: int) -> Logits:
-            generators = pass_generators(rows[start:stop], numbers)
-            moved = self.transform.apply_attack(images[start:stop].repeat_interleave(copies, 0), generators, copies)
+            draws = Draws(rows=rows[start:stop], passes=numbers)
+            moved = self.transform.apply_attack(images[start:stop].repeat_interleave(copies, 0), draws)
             return log_mean(answer(moved, pass_seeds(rows[start:stop], numbers)), copies)
 
         size = max(1, rows_attacked_at_a_time(self.transform.bytes_a_row) // copies)
-        return in_groups(some, len(images), size)
+        return in_groups(some, len(images), size, repeatable=repeatable)

@@ -58,6 +58,10 @@ class RidgeHead:
     def batches(self) -> bool:
         return True
 
+    @property
+    def repeatable(self) -> bool:
+        return True
+
     def adapt(self, query: Query) -> Adapted:
         count, width = query.selection.ids.shape[1], self.resources.classifier.head.in_features + 1
         classes = query.base.logits.shape[1]

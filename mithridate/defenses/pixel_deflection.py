@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from mithridate.defenses.averaging import Generators, bytes_of_a_pass
+from mithridate.defenses.averaging import Draws, Generators, bytes_of_a_pass
 from mithridate.defenses.base import Resources
 from mithridate.defenses.options import require
 from mithridate.types import Images
@@ -57,10 +57,10 @@ class Deflector:
     def apply(self, images: Images, generators: Generators) -> Images:
         return denoise(deflect(images, self.config, generators), self.config.sigma)
 
-    def apply_attack(self, images: Images, generators: Generators, copies: int) -> Images:
+    def apply_attack(self, images: Images, draws: Draws) -> Images:
         """Forward what was changed, backward the identity (BPDA)."""
         with torch.no_grad():
-            changed = self.apply(images, generators)
+            changed = self.apply(images, draws.generators)
         return images + (changed - images).detach()
 
 

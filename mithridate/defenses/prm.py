@@ -1,9 +1,10 @@
 """``prm``: before the classifier, an autoencoder that reads few of the pixels, and another few for every image.
 
 Random PRM of Hwang et al. 2019: the image is moved by one pixel in a direction of its own, so that the lattice that the
-PRM reads falls on pixels which an attack on the unmoved model never touched. Their own table attacks that model; every
-one of the eight moves then leaves the attacked pixels unread, and the table says little. An attacker who averages over
-the moves is what this defence has to be measured against, and what ``surrogate`` is.
+PRM reads falls on pixels which an attack on the unmoved model never touched. As their code runs it, that model is what
+is attacked: with v0 and lambda 1 every one of the eight moves then leaves the attacked pixels unread, and the result
+says little. An attacker who averages over the moves is what this defence has to be measured against, and what
+``surrogate`` is.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from dataclasses import dataclass
 
 import torch
 
-from mithridate.defenses.averaging import Generators, bytes_of_a_pass
+from mithridate.defenses.averaging import Draws, Generators, bytes_of_a_pass
 from mithridate.defenses.base import Resources
-from mithridate.defenses.options import require, unknown
+from mithridate.defenses.options import require, shortened, unknown
 from mithridate.defenses.randomization import taken
 from mithridate.errors import OptionError
 from mithridate.models import PRM
@@ -62,11 +63,16 @@ class PRMConfig:
 
     def __post_init__(self) -> None:
         # Written in one way only, so that one defence has one name.
-        self._rewrite("lambda_", "/".join(f"{value:g}" for value in self.lambdas))
-        self._rewrite("stack", "/".join(f"{value:g}" for value in self.stacks))
-        self._rewrite("module", "all" if self.module == "all" else f"{_numbers('module', self.module, 0, 9999)[0]:g}")
-        if any(value % 1 for value in (*self.stacks, *([] if self.module == "all" else [float(self.module)]))):
-            raise OptionError(f"prm: stack={self.stack}, module={self.module} are not whole numbers")
+        self._rewrite("lambda_", _written(self.lambdas))
+        self._rewrite("stack", _written(self.stacks))
+        if any(value % 1 for value in self.stacks):
+            raise OptionError(f"prm: stack={self.stack} is not whole numbers")
+        if self.module != "all":
+            if not re.fullmatch(r"[0-9]{1,4}", self.module):
+                raise OptionError(
+                    f"prm: module={shortened(self.module)} is not known; allowed: all, or a number from 0"
+                )
+            self._rewrite("module", str(int(self.module)))
         for key, seen, allowed in (
             ("shift", self.shift, ("random", "none", *SHIFTS)),
             ("attack", self.attack, ("averaged", "sampled", "none", *SHIFTS)),
@@ -88,6 +94,12 @@ class PRMConfig:
 
     def _rewrite(self, field: str, value: str) -> None:
         object.__setattr__(self, field, value)
+
+
+def _written(values: tuple[float, ...]) -> str:
+    """So that it reads back as the same numbers; once, where they are all the same."""
+    texts = [str(int(value)) if value == int(value) else repr(value) for value in values]
+    return texts[0] if len(set(texts)) == 1 else "/".join(texts)
 
 
 def _numbers(key: str, text: str, low: float, high: float) -> tuple[float, ...]:
@@ -148,24 +160,22 @@ class Manipulator:
     def apply(self, images: Images, generators: Generators) -> Images:
         return self._through(images, self._draw(generators))
 
-    def apply_attack(self, images: Images, generators: Generators, copies: int) -> Images:
+    def apply_attack(self, images: Images, draws: Draws) -> Images:
         """The exact gradient."""
-        draws = self._draw(generators, copies if self.config.attack == "averaged" else None)
-        if self.config.attack not in ("averaged", "sampled"):
-            draws.moves[:] = torch.tensor(SHIFTS.get(self.config.attack, (0, 0)))
-        return self._through(images, draws)
+        found, attack = self._draw(draws.generators), self.config.attack
+        if attack == "averaged" and self.config.shift == "random":
+            found.moves[0] = _MOVES[draws.turns % len(_MOVES)]
+        elif attack not in ("averaged", "sampled"):
+            found.moves[:] = torch.tensor(SHIFTS.get(attack, (0, 0)))
+        return self._through(images, found)
 
-    def _draw(self, generators: Generators, in_turn: int | None = None) -> _Draws:
-        """``in_turn`` rows at a time, those of one image, have the first moves in turn, from a drawn one on."""
+    def _draw(self, generators: Generators) -> _Draws:
         config, most = self.config, int(max(self.config.stacks))
         drawn = [torch.rand(3 * most + 1, generator=g, dtype=torch.float64) for g in generators]
         shares = torch.stack(drawn, 1)  # [3 S + 1, R]
         lambdas, stacks = (torch.tensor(values) for values in (config.lambdas, config.stacks))
         if config.shift == "random":
-            places = _places(shares[:most], len(_MOVES))
-            if in_turn is not None:
-                places[0] = (places[0, ::in_turn, None] + torch.arange(in_turn)).flatten() % len(_MOVES)
-            moves = _MOVES[places]
+            moves = _MOVES[_places(shares[:most], len(_MOVES))]
         else:
             moves = torch.tensor(SHIFTS.get(config.shift, (0, 0))).expand(most, len(drawn), 2).clone()
         return _Draws(

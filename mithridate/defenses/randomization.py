@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from mithridate.defenses.averaging import Generators, bytes_of_a_pass
+from mithridate.defenses.averaging import Draws, Generators, bytes_of_a_pass
 from mithridate.defenses.base import Resources
 from mithridate.defenses.options import require
 from mithridate.errors import ModelError
@@ -68,9 +68,9 @@ class Resizer:
     def attack_is_fixed(self) -> bool:
         return False
 
-    def apply_attack(self, images: Images, generators: Generators, copies: int) -> Images:
+    def apply_attack(self, images: Images, draws: Draws) -> Images:
         """The exact gradient: a nearest-neighbour resize copies pixels."""
-        return self.apply(images, generators)
+        return self.apply(images, draws.generators)
 
     def apply(self, images: Images, generators: Generators) -> Images:
         sides = images.shape[2:]

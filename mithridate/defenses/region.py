@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mithridate.defenses.averaging import Generators, Run, bytes_of_a_pass
+from mithridate.defenses.averaging import Draws, Run, bytes_of_a_pass
 from mithridate.defenses.base import Resources
 from mithridate.defenses.networks import Network
 from mithridate.defenses.options import require
@@ -54,11 +54,11 @@ class Surroundings:
         return bytes_of_a_pass(self.resources)
 
     def begin(self, images: Images, network: Network) -> Run:
-        def run(generators: Generators, copies: int) -> Logits:
-            noise = torch.empty(len(images) * copies, *images.shape[1:])
-            for row, generator in zip(noise, generators, strict=True):
+        def run(draws: Draws) -> Logits:
+            noise = torch.empty(len(images) * draws.copies, *images.shape[1:])
+            for row, generator in zip(noise, draws.generators, strict=True):
                 row.uniform_(-self.radius, self.radius, generator=generator)
-            return network.logits((images.repeat_interleave(copies, 0) + noise.to(images)).clamp(0, 1))
+            return network.logits((images.repeat_interleave(draws.copies, 0) + noise.to(images)).clamp(0, 1))
 
         return run
 

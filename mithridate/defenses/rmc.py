@@ -67,7 +67,7 @@ class RMC:
     @torch.no_grad()
     def predict_together(self, requests: Sequence[Request]) -> list[Outcome]:
         device = self.resources.classifier.device
-        if self.average is None:
+        if self.average is None and (self.first is None or len(requests) > 1):
             return answer_together(requests, device, self._answer)
         # Between passes a budget may end, and then only its own request has no answer.
         return [outcome for request in requests for outcome in self._answer_alone(request, device)]
@@ -86,7 +86,8 @@ class RMC:
             base_scores, images = base.logits.softmax(1).float(), batch.images
             draws = self._draws(batch.seeds, images)
             if self.first is not None:
-                images = self.first.apply(images, draws)
+                owners = {id(budget) for budget in batch.budgets}
+                images = self.first.apply(images, draws, batch.budgets[0] if len(owners) == 1 else None)
                 base = base_pass(classifier, images)
         with clock.phase("search"):
             query = self._query(images, base, batch.budgets, batch.seeds, draws)
@@ -113,6 +114,8 @@ class RMC:
         budget.check()
         seed = draw_seed(generator)
         draws = self._draws((seed,) * len(images), images)
+        if self.first is not None or self.average is not None:
+            budget = Budget(max_steps=budget.max_steps)  # what is run again for the gradient must not end in between
 
         def attack(seen: Images, draws: Sequence[int]) -> Logits:
             base = base_pass(self.resources.classifier, seen)
@@ -121,11 +124,16 @@ class RMC:
             return guarded_logits(query, adapted, self._votes(query), self.guarding)
 
         if self.first is not None:
-            return self.first.attack(images, draws, attack)
+            return self.first.attack(images, draws, attack, repeatable=self.adapter.repeatable)
         if self.average is None:
             return attack(images, draws)
         size = self.average.images_attacked_at_a_time
-        return in_groups(lambda start, stop: attack(images[start:stop], draws[start:stop]), len(images), size)
+        return in_groups(
+            lambda start, stop: attack(images[start:stop], draws[start:stop]),
+            len(images),
+            size,
+            repeatable=self.adapter.repeatable,
+        )
 
     def _draws(self, seeds: tuple[int, ...], images: Images) -> tuple[int, ...]:
         """What the other stages draw from, a seed an image: of the image as it came."""

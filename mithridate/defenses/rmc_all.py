@@ -69,6 +69,10 @@ class AllAdapter:
     def batches(self) -> bool:
         return False
 
+    @property
+    def repeatable(self) -> bool:
+        return False
+
     def adapt(self, query: Query) -> Adapted:
         return join([self._adapt(query.rows(row, row + 1)) for row in range(len(query))])
 

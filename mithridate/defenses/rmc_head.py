@@ -31,6 +31,10 @@ class AdamHead:
     def batches(self) -> bool:
         return True
 
+    @property
+    def repeatable(self) -> bool:
+        return True
+
     def adapt(self, query: Query) -> Adapted:
         """As many images at a time as memory allows: a thousand classes and 2,048 features make 16 MB an image and
         copy.

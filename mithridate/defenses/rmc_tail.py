@@ -79,6 +79,10 @@ class TailAdapter:
     def batches(self) -> bool:
         return True
 
+    @property
+    def repeatable(self) -> bool:
+        return False
+
     def adapt(self, query: Query) -> Adapted:
         """As many images at a time as memory allows."""
         activations, start = self.resources.exemplars.activations, self._private.start

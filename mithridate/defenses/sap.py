@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from mithridate.defenses.averaging import Generators, Run
+from mithridate.defenses.averaging import Draws, Run
 from mithridate.defenses.base import Resources
 from mithridate.defenses.networks import Network
 from mithridate.defenses.options import require
@@ -79,10 +79,10 @@ class Pruner:
             pruned = self._run(images, network, straight=False)
         plain = network.logits(images)
 
-        def run(generators: Generators, copies: int) -> Logits:
+        def run(draws: Draws) -> Logits:
             with torch.no_grad():
-                answered = pruned(generators, copies)
-            usual = plain.repeat_interleave(copies, 0)
+                answered = pruned(draws)
+            usual = plain.repeat_interleave(draws.copies, 0)
             return usual + (answered - usual).detach()
 
         return run
@@ -90,11 +90,13 @@ class Pruner:
     def _run(self, images: Images, network: Network, *, straight: bool) -> Run:
         begun, config = network.trunk(self.trunk).begin(images), self.config
 
-        def run(generators: Generators, copies: int) -> Logits:
+        def run(draws: Draws) -> Logits:
+            generators = draws.generators  # one for all layers: each goes on where the one before it ended
+
             def change(activation: torch.Tensor) -> torch.Tensor:
                 pruned = prune(activation, fraction=config.fraction, sampling=config.sampling, generators=generators)
                 return activation + (pruned - activation).detach() if straight else pruned
 
-            return network.head(begun.run(change, copies))
+            return network.head(begun.run(change, draws.copies))
 
         return run

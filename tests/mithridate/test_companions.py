@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from mithridate.datasets import LabelledImages
 from mithridate.defenses import Budget, Prediction, Resources, build_defence, defence_name
+from mithridate.defenses.averaging import Draws
 from mithridate.defenses.networks import BaseNetwork
 from mithridate.defenses.pixel_deflection import PixelDeflectionConfig, deflect, denoise
 from mithridate.defenses.randomization import RandomizationConfig, Resizer, canvas_of
@@ -155,7 +156,9 @@ def test_a_region_is_the_vote_of_points_of_its_cube(resources: Resources, images
     assert isinstance(sampler, Surroundings)
     with torch.no_grad():
         hook = resources.classifier.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-        logits = sampler.begin(images, BaseNetwork(classifier=resources.classifier))(generators(6 * 300), 300)
+        logits = sampler.begin(images, BaseNetwork(classifier=resources.classifier))(
+            Draws(rows=range(6), passes=range(300))
+        )
         hook.remove()
     away = seen[0] - images.repeat_interleave(300, 0)
     assert seen[0].min() == 0
@@ -212,10 +215,11 @@ def test_wavelets_take_noise_away(channels: int) -> None:
 
 def test_backward_deflection_is_the_identity(resources: Resources, images: Images) -> None:
     defence, point = build("pixel-deflection:deflections=20,window=2", resources), images.clone().requires_grad_()
+    draws = Draws(rows=range(6), passes=range(1))
     run = defence.averaging.sampler.begin_attack(point, BaseNetwork(classifier=resources.classifier))
-    (gradient,) = torch.autograd.grad(run(generators(6), 1)[:, 0].sum(), point)
+    (gradient,) = torch.autograd.grad(run(draws)[:, 0].sum(), point)
     with torch.no_grad():
-        moved = denoise(deflect(images, PixelDeflectionConfig(deflections=20, window=2), generators(6)), 0.04)
+        moved = denoise(deflect(images, PixelDeflectionConfig(deflections=20, window=2), draws.generators), 0.04)
     moved.requires_grad_()
     (wanted,) = torch.autograd.grad(resources.classifier(moved)[:, 0].sum(), moved)
     torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-6)

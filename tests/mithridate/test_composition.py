@@ -29,6 +29,7 @@ from mithridate.defenses.none import base_pass
 from mithridate.defenses.pruning import prune
 from mithridate.defenses.randomness import pass_generators, row_seeds
 from mithridate.defenses.rmc import RMC
+from mithridate.defenses.rmc_tail import TailAdapter
 from mithridate.errors import BudgetExceededError, OptionError
 from mithridate.types import Epsilon, Images, to_images
 
@@ -294,6 +295,20 @@ def test_what_is_kept_for_a_gradient_is_bounded(
     assert whole.flatten(1).any(1).all()
     monkeypatch.setattr("mithridate.defenses.averaging._BYTES_ATTACKED_AT_A_TIME", 1)
     torch.testing.assert_close(gradient(), whole, rtol=1e-3, atol=1e-5 * float(whole.abs().max()))
+
+
+@pytest.mark.parametrize("text", [f"{DEEP[0]}+sap:passes=1,attack_passes=2", f"prm:attack_passes=2+{DEEP[0]}"])
+def test_fine_tuning_is_not_done_again_for_the_gradient(
+    composed: Resources, images: Images, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own gradient steps would each run all that came before them again."""
+    monkeypatch.setattr("mithridate.defenses.averaging._BYTES_ATTACKED_AT_A_TIME", 1)
+    defence, point, adapted = build_defence(text, composed), images.clone().requires_grad_(), []
+    adapt = TailAdapter.adapt
+    monkeypatch.setattr(TailAdapter, "adapt", lambda self, query: adapted.append(len(query)) or adapt(self, query))
+    logits = defence.surrogate(point, generator=torch.Generator().manual_seed(0), budget=Budget())
+    torch.autograd.grad(logits[:, 0].sum(), point)
+    assert sum(adapted) == len(images) * (2 if "prm" in text else 1)
 
 
 def test_the_surrogate_averages_over_the_moves_that_are_adapted_to(composed: Resources, images: Images) -> None:

@@ -154,8 +154,13 @@ def test_an_image_draws_for_itself_wherever_it_stands(manipulated: Resources, im
 # What attackers are given
 
 
-def test_the_averaged_surrogate_goes_through_all_eight_moves(manipulated: Resources, images: Images) -> None:
-    """So that nothing is left to chance: it is the mean over the eight fixed moves, whatever was drawn."""
+@pytest.mark.parametrize("at_a_time", [2**30, 1])
+def test_the_averaged_surrogate_goes_through_all_eight_moves(
+    manipulated: Resources, images: Images, at_a_time: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that nothing is left to chance: it is the mean over the eight fixed moves, whatever was drawn, and in however
+    many groups the passes are run."""
+    monkeypatch.setattr("mithridate.defenses.averaging._BYTES_ATTACKED_AT_A_TIME", at_a_time)
     text = "prm:module=0"
     averaged = build_defence(text, manipulated).surrogate(images, generator=torch.Generator(), budget=Budget())
     fixed = [scores(f"{text},shift={name}", manipulated, images).double() for name in SHIFTS]
@@ -252,13 +257,15 @@ def test_a_bundle_stores_and_checks_them(tmp_path: Path, digits_bundle: Path, di
         ("prm:lambda=nan", "prm: lambda='nan' is not a number"),
         ("prm:lambda=\u0660", "is not a number"),
         ("prm:stack=1e99", "stack=1e+99 is out of range"),
-        ("prm:module=" + "9" * 5000, "is too long; allowed: 100 characters"),
+        ("prm:module=" + "9" * 5000, "is not known; allowed: all, or a number from 0"),
+        ("prm:module=0/1", "module='0/1' is not known"),
+        ("prm:lambda=" + "1/" * 100, "is too long; allowed: 100 characters"),
         ("prm:attack=up", "unknown attack of prm 'up'"),
         ("prm:lambda=a/b", "prm: lambda='a/b' is not a number, or numbers joined by /"),
         ("prm:stack=0", "stack=0.0 is out of range; allowed: 1 to 8"),
-        ("prm:stack=1.5", "stack=1.5, module=all are not whole numbers"),
+        ("prm:stack=1.5", "stack=1.5 is not whole numbers"),
         ("prm:shift=up", "unknown shift of prm 'up'"),
-        ("prm:module=v0", "module='v0' is not a number"),
+        ("prm:module=v0", "module='v0' is not known; allowed: all, or a number from 0"),
         ("prm:module=2", "module=2 is not there; the bundle has 2, numbered from 0"),
         ("prm:passes=0", "passes=0 is out of range"),
         ("prm:lambda_=1", "unknown option of prm 'lambda_' (did you mean 'lambda'?)"),

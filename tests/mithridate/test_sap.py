@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from mithridate.datasets import LabelledImages
 from mithridate.defenses import Budget, Request, Resources, build_defence, defence_name
+from mithridate.defenses.averaging import Draws
 from mithridate.defenses.networks import BaseNetwork
 from mithridate.defenses.pruned_network import ChangedTrunk
 from mithridate.defenses.pruning import prune
@@ -167,9 +168,10 @@ def test_the_vanilla_gradient_is_the_unpruned_networks(resources: Resources, ima
     (gradient,) = torch.autograd.grad(logits[:, 1].sum(), point)
 
     seed = int(torch.randint(2**62, (), generator=torch.Generator().manual_seed(3)))
-    generators = pass_generators(row_seeds([seed] * 6, images), range(2))
     with torch.no_grad():
-        answered = defence.averaging.sampler.begin(images, BaseNetwork(classifier=classifier))(generators, 2)
+        answered = defence.averaging.sampler.begin(images, BaseNetwork(classifier=classifier))(
+            Draws(rows=row_seeds([seed] * 6, images), passes=range(2))
+        )
     leaf = answered.double().requires_grad_()
     (slope,) = torch.autograd.grad(leaf.log_softmax(1).view(6, 2, 10).logsumexp(1)[:, 1].sum(), leaf)
     again = images.clone().requires_grad_()
