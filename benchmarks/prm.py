@@ -2,10 +2,10 @@
 
     python -m benchmarks.prm BUNDLE DATASET --epsilon 8/255 [--attack pgd20] [--draws 10]
 
-The bundle must hold a PRM. *static*: made on the base model. *gray box*, as the authors' code runs it: the attack is made
-on the network behind the unmoved PRM, and answered by the one that moves; from the image itself, which leaves every
-pixel off the lattice as it was, and with the usual random start, which does not. *one draw* and *averaged*: through the
-surrogate of ``prm``, one random move a step, and all eight at every step (expectation over transformation); *own
+The bundle must hold a PRM. *static*: made on the base model. *gray box*, as the authors' code runs it: the attack is
+made on the network behind the unmoved PRM, and answered by the one that moves; from the image itself, which leaves
+every pixel off the lattice as it was, and with the usual random start, which does not. *one draw*, *averaged*: through
+the surrogate of ``prm``, one random move a step, and all eight at every step (expectation over transformation); *own
 averaged*: the latter through the row's own surrogate. Every answer is a fresh draw. *always*: right in all of
 ``--draws`` fresh draws: what an attacker who may ask as often leaves. *worst case*: per image, over all columns, each
 with its draws. *known*: attacker and defence have the same move, by move and their mean.
