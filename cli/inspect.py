@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import secrets
 import shlex
 import shutil
 import sys
@@ -63,6 +63,7 @@ def pixels(
     from mithridate.attacks import parse_attack
     from mithridate.bundle import Bundle
     from mithridate.defenses import Resources
+    from mithridate.errors import OptionError
     from mithridate.evaluation.pixel_figures import require_matplotlib
     from mithridate.evaluation.pixel_report import LAMBDAS, SHARES, PixelPlan, measure_pixels
 
@@ -74,7 +75,7 @@ def pixels(
         attack=parse_attack(attack, epsilon=shared.customary_epsilon(dataset, epsilon)),
         module=module,
         lambdas=shared.numbers("--lambdas", lambdas) or LAMBDAS,
-        shares=tuple(share / 100 for share in shared.numbers("--shares", shares) or ()) or SHARES,
+        shares=_shares(shares) or SHARES,
         attacked=attacked,
         batch_size=batch_size,
         seed=seed,
@@ -83,24 +84,40 @@ def pixels(
     data = shared.load_data(dataset, data_root=data_root, download=download, image_size=image_size, split="test")
     shared.check_fits(data, opened)
     resources = Resources.load(opened, device=shared.check_device(device), allow_factory=arch)
-    with _written_at_once(out) as partial:
-        with progress() as report:
-            found = measure_pixels(
-                resources, torch.from_numpy(data.images), torch.from_numpy(data.labels), plan, progress=report
-            )
-        content = _write(found, partial, opened, data.spec)
-    if as_json:
-        print_json(content)
-    else:
-        _print(content)
+    if not resources.prms and (module or lambdas or shares or attacked):
+        raise OptionError(f"{bundle} has no PRM, which --module, --lambdas, --shares and --attacked are about")
+    content: dict[str, Any] = {}
+    try:
+        with _written_at_once(out) as partial:
+            with progress() as report:
+                found = measure_pixels(
+                    resources, torch.from_numpy(data.images), torch.from_numpy(data.labels), plan, progress=report
+                )
+            content = _content(found, opened, data.spec)
+            _write(content, found, partial, opened)
+    finally:  # also where it could not be written: what took minutes to measure is said
+        if content:
+            print_json(content) if as_json else _print(content)
     if not resources.prms:
         note("the bundle has no PRM (build --prm FILE): only the base model's gradient was measured")
     note(f"pictures and pixels.json: {out}")
 
 
+def _shares(text: str | None) -> tuple[float, ...]:
+    from mithridate.errors import OptionError
+
+    percents = shared.numbers("--shares", text) or ()
+    for value in percents:
+        if not 0 <= value <= 100:
+            raise OptionError(f"--shares {value:g} is out of range; allowed: 0 to 100 percent")
+    return tuple(value / 100 for value in percents)
+
+
 def _check_free(out: Path) -> None:
     from mithridate.errors import OptionError
 
+    if out.resolve() == Path.cwd():
+        raise OptionError(f"{out} is where you are, and would be replaced; name another directory")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OptionError(f"{out} exists already and is no empty directory; choose another name or remove it first")
 
@@ -111,7 +128,7 @@ def _written_at_once(out: Path) -> Iterator[Path]:
     from mithridate.errors import OptionError
 
     target = out.resolve()
-    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     try:
         partial.mkdir(parents=True)
     except OSError as error:
@@ -124,23 +141,28 @@ def _written_at_once(out: Path) -> Iterator[Path]:
         raise
 
 
-def _write(found: PixelReport, directory: Path, opened: Bundle, dataset: str) -> dict[str, Any]:
-    """The pictures and ``pixels.json``; gives what that says."""
+def _content(found: PixelReport, opened: Bundle, dataset: str) -> dict[str, Any]:
+    """What ``pixels.json`` says."""
     from mithridate.evaluation.environment import environment
-    from mithridate.evaluation.pixel_figures import draw
+    from mithridate.evaluation.pixel_figures import names
 
-    content = {
+    return {
         "command": shlex.join(["mithridate", *sys.argv[1:]]),
         "environment": environment(),
         "bundle": opened.digest,
         "dataset": dataset,
         "attack": found.plan.attack.name,
         "epsilon": str(found.plan.attack.epsilon),
-        "pictures": list(draw(found, directory, title=opened.path.resolve().name)),
+        "pictures": list(names(found)),
         **found.summary(),
     }
+
+
+def _write(content: dict[str, Any], found: PixelReport, directory: Path, opened: Bundle) -> None:
+    from mithridate.evaluation.pixel_figures import draw
+
     (directory / "pixels.json").write_text(json.dumps(content, indent=1) + "\n")
-    return content
+    draw(found, directory, title=opened.path.resolve().name)
 
 
 def _print(content: dict[str, Any]) -> None:

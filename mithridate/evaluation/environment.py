@@ -17,6 +17,6 @@ def environment() -> dict[str, Any]:
         "mithridate": mithridate.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
     }

@@ -42,19 +42,21 @@ def require_matplotlib() -> None:
         raise OptionError("pictures need matplotlib; install it: pip install 'mithridate[report]'") from error
 
 
-def draw(report: PixelReport, directory: Path, *, title: str) -> tuple[str, ...]:
-    """Writes the pictures into ``directory`` and gives their names: one where the bundle has no PRM, else three."""
+def names(report: PixelReport) -> tuple[str, ...]:
+    """Of the pictures: one where the bundle has no PRM, else three."""
+    return (GRADIENTS, LAMBDA, MASKED) if report.manipulated else (GRADIENTS,)
+
+
+def draw(report: PixelReport, directory: Path, *, title: str) -> None:
+    """Writes the pictures into ``directory``."""
     require_matplotlib()
     import matplotlib as mpl
 
-    pictures = {GRADIENTS: _gradients}
-    if report.manipulated:
-        pictures |= {LAMBDA: _lambda, MASKED: _masked}
+    pictures = {GRADIENTS: _gradients, LAMBDA: _lambda, MASKED: _masked}
     with mpl.rc_context(_STYLE):
-        for name, picture in pictures.items():
-            figure = picture(report, title)
+        for name in names(report):
+            figure = pictures[name](report, title.replace("$", r"\$"))  # else it is read as mathematics
             figure.savefig(directory / name, dpi=_DPI, metadata={"Software": None})
-    return tuple(pictures)
 
 
 def _gradients(report: PixelReport, title: str) -> Figure:

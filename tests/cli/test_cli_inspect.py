@@ -14,6 +14,7 @@ from mithridate.evaluation import pixel_figures
 
 DATA = ("--dataset", "digits[test,:30]")
 QUICK = ("--attack", "pgd2", "--lambdas", "0,0.5,1", "--shares", "0,25,100", "--threads", "2")
+ALONE = ("--attack", "pgd2", "--threads", "2")
 PNG = b"\x89PNG\r\n"
 
 
@@ -57,7 +58,7 @@ def test_the_table_says_what_the_file_says(mithridate: Callable, manipulated_bun
 
 
 def test_without_a_prm_it_says_what_is_left(mithridate: Callable, digits_bundle: Path, tmp_path: Path) -> None:
-    result = mithridate("inspect", "pixels", digits_bundle, *DATA, *QUICK, "--out", tmp_path / "out")
+    result = mithridate("inspect", "pixels", digits_bundle, *DATA, *ALONE, "--out", tmp_path / "out")
     assert result.code == 0, result.err
     assert "the bundle has no PRM (build --prm FILE): only the base model's gradient was measured" in result.err
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["gradients.png", "pixels.json"]
@@ -76,11 +77,15 @@ def test_without_a_prm_it_says_what_is_left(mithridate: Callable, digits_bundle:
         (("BUNDLE", *DATA, "--out", "OUT", "--module", "1"), "module=1 is not there; the bundle has 1"),
         (("BUNDLE", *DATA, "--out", "OUT", "--lambdas", "0,one"), "--lambdas '0,one' is not numbers"),
         (("BUNDLE", *DATA, "--out", "OUT", "--lambdas", "2"), "lambda 2 is out of range"),
-        (("BUNDLE", *DATA, "--out", "OUT", "--shares", "0,101"), "share 1.01 is out of range"),
+        (
+            ("BUNDLE", *DATA, "--out", "OUT", "--shares", "0,101"),
+            "--shares 101 is out of range; allowed: 0 to 100 percent",
+        ),
         (("BUNDLE", *DATA, "--out", "OUT", "--attack", "pdg20"), "unknown attack 'pdg20'"),
         (("BUNDLE", *DATA, "--out", "OUT", "--epsilon", "0.03"), "k/255"),
         (("BUNDLE", *DATA, "--out", "OUT", "--attacked", "0"), "attacked"),
         (("BUNDLE", *DATA), "--out"),
+        (("BUNDLE", *DATA, "--out", "."), ". is where you are, and would be replaced"),
         (("BUNDLE", *DATA, "--image-size", "16", "--out", "OUT"), "(1, 16, 16)"),
         (("BUNDLE", *DATA, "--device", "cuda:99", "--out", "OUT"), "cuda:99"),
     ],
@@ -109,15 +114,25 @@ def test_bad_input_is_one_line_and_leaves_nothing(
 def test_what_fails_at_the_end_leaves_nothing(
     mithridate: Callable, digits_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(report: object, directory: Path, *, title: str) -> tuple[str, ...]:
+    def full(report: object, directory: Path, *, title: str) -> None:
         (directory / "gradients.png").write_bytes(PNG)
         raise OSError(28, "No space left on device", str(directory / "lambda.png"))
 
     monkeypatch.setattr(pixel_figures, "draw", full)
-    result = mithridate("inspect", "pixels", digits_bundle, *DATA, *QUICK, "--out", tmp_path / "out")
+    result = mithridate("inspect", "pixels", digits_bundle, *DATA, *ALONE, "--out", tmp_path / "out")
     assert result.code == 2
     assert result.err.splitlines()[-1].startswith("error: ")
     assert "No space left on device" in result.err
+    assert list(tmp_path.iterdir()) == []
+    assert "none" in result.out  # what was measured is not lost
+
+
+def test_options_about_a_prm_are_refused_where_there_is_none(
+    mithridate: Callable, digits_bundle: Path, tmp_path: Path
+) -> None:
+    result = mithridate("inspect", "pixels", digits_bundle, *DATA, "--module", 7, "--out", tmp_path / "out")
+    assert result.code == 2
+    assert "has no PRM, which --module, --lambdas, --shares and --attacked are about" in result.err
     assert list(tmp_path.iterdir()) == []
 
 
