@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,13 +27,26 @@ from mithridate.types import Epsilon
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
+THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
+"""In all: make test has two processes."""
+
+
+def use_threads() -> None:
+    torch.set_num_threads(THREADS)
+    set_search_threads(THREADS)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _two_threads() -> None:
-    """In all: make test has two processes."""
-    threads = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
-    torch.set_num_threads(threads)
-    set_search_threads(threads)
-    os.environ["TEST_THREADS"] = str(threads)  # for processes that the tests start
+    use_threads()
+    os.environ["TEST_THREADS"] = str(THREADS)  # for processes that the tests start
+
+
+@pytest.fixture(autouse=True)
+def _still_two_threads() -> Iterator[None]:
+    """After a test that ran a command with another number: what is built next would be rounded otherwise."""
+    yield
+    use_threads()
 
 
 @pytest.fixture(scope="session")

@@ -197,7 +197,8 @@ def test_where_nothing_stands_there_is_nothing_to_attack(resources: Resources, d
 
 
 def test_at_lambda_1_only_the_lattice_can_be_attacked(resources: Resources, digits: tuple[Pixels, Labels]) -> None:
-    report = measured(with_prm(resources), digits, attack=parse_attack("pgd5", epsilon=Epsilon(64)))
+    still = PGD(epsilon=Epsilon(64), steps=5, step_size=0.1, random_start=False)  # else another try may find more
+    report = measured(with_prm(resources), digits, attack=still)
     right = report.manipulated[1.0].right
     of_prm = report.attacks[prm_text(1.0, 0)]
     assert torch.equal(of_prm["bottom"][0.75], right), "three quarters of all pixels, and none of them is read"
