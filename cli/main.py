@@ -67,6 +67,9 @@ def run() -> None:
     except typer.Exit as error:
         sys.exit(error.exit_code)
     except UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # a command without any argument: its help, as it is
+            print(error.format_message(), file=sys.stderr)
+            sys.exit(2)
         _fail(error.format_message())
     except MithridateError as error:
         _fail(str(error))

@@ -169,3 +169,10 @@ def test_a_table_shows_its_text_as_it_is(capsys: pytest.CaptureFixture[str]) -> 
     print_table("digits[test,:30]", ["[bold]"], [["[red]5[/red] :cat:"]])
     out = capsys.readouterr().out
     assert all(text in out for text in ("digits[test,:30]", "[bold]", "[red]5[/red] :cat:"))
+
+
+def test_without_anything_it_shows_its_help(mithridate: Callable) -> None:
+    result = mithridate()
+    assert result.code == 2
+    assert "\nCommands:\n" in result.err
+    assert "error:" not in result.err
