@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from mithridate.attacks import parse_attack
 from mithridate.bundle import Bundle
 from mithridate.datasets import LabelledImages
-from mithridate.errors import OptionError
 from mithridate.models import Classifier, load_classifier
 from mithridate.types import Epsilon, to_images
 
@@ -44,11 +43,7 @@ def load_surrogate(path: Path, data: LabelledImages, *, arch: str | None = None)
     """A bundle directory or a model file. Raises BundleError, ModelError, or OptionError where it does not fit."""
     if path.is_dir():
         bundle = Bundle.open(path)
-        if bundle.manifest.image_shape != data.image_shape or len(bundle.manifest.classes) != len(data.classes):
-            raise OptionError(
-                f"the model in {path} takes {bundle.manifest.image_shape} images of {len(bundle.manifest.classes)} "
-                f"classes; {data.spec} has {data.image_shape} of {len(data.classes)}"
-            )
+        bundle.check_fits(data)
         return Surrogate(classifier=bundle.classifier(allow_factory=arch), source=f"bundle {bundle.digest}")
     classifier = load_classifier(path, arch=arch, num_classes=len(data.classes), image_shape=data.image_shape)
     return Surrogate(classifier=classifier, source=f"model {path.name}")

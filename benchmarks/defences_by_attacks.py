@@ -35,7 +35,6 @@ from mithridate.bundle import Bundle
 from mithridate.datasets import LabelledImages
 from mithridate.defenses import Budget, Defence, Resources, build_defence
 from mithridate.errors import OptionError
-from mithridate.evaluation import wilson_interval
 from mithridate.types import Epsilon, Pixels, to_images
 
 _BATCH = 50
@@ -161,7 +160,11 @@ def _row(
     right = [_right(defence, torch.from_numpy(data.images), data, seed + 1)]
     answer = time.perf_counter() - began
     plain = (plain + _forward_seconds(resources, data)) / 2
-    row: dict[str, Any] = {"defense": defence.name, "forward passes": answer / plain, "clean": _report(right[0])}
+    row: dict[str, Any] = {
+        "defense": defence.name,
+        "forward passes": answer / plain,
+        "clean": results.accuracy(right[0]),
+    }
     row["static"] = {}
     for attack, pixels in static.items():
         right.append(_right(defence, pixels, data, seed + 1))
@@ -179,7 +182,7 @@ def _row(
         right.append(_right(defence, made, data, seed + 1))
         row["adaptive"][attack] = {**_cell(right[-1], made, data), "seconds": seconds}
         print(f"{defence.name}, {attack}: {100 * right[-1].mean():.0f} %, {seconds:.0f} s", flush=True)
-    row["worst_case"] = _report(np.all(right, axis=0))
+    row["worst_case"] = results.accuracy(np.all(right, axis=0))
     return row
 
 
@@ -211,16 +214,11 @@ def _right(defence: Defence, pixels: Pixels, data: LabelledImages, seed: int) ->
     return torch.cat(answers).numpy() == data.labels
 
 
-def _report(right: np.ndarray) -> dict[str, Any]:
-    correct, count = int(right.sum()), len(right)
-    return {"correct": correct, "accuracy": correct / count, "interval": list(wilson_interval(correct, count))}
-
-
 def _cell(right: np.ndarray, pixels: Pixels, data: LabelledImages) -> dict[str, Any]:
     """With the median L2 distance (pixels in [0, 1]) and the median number of pixels changed."""
     change = pixels.double() - torch.from_numpy(data.images).double()
     return {
-        **_report(right),
+        **results.accuracy(right),
         "median_l2": float(change.flatten(1).norm(dim=1).median() / 255),
         "median_pixels": int((change != 0).any(1).flatten(1).sum(1).median()),
     }

@@ -30,7 +30,6 @@ from mithridate.bundle import Bundle
 from mithridate.datasets import LabelledImages
 from mithridate.defenses import Budget, Resources, build_defence
 from mithridate.defenses.prm import SHIFTS
-from mithridate.evaluation import wilson_interval
 from mithridate.types import Epsilon, Pixels, to_images
 
 _BATCH = 50
@@ -125,8 +124,12 @@ class _Bench:
         found = {name: self.right(text, pixels, draws) for name, pixels in made.items()}
         row: dict[str, Any] = {"defense": build_defence(text, self.resources).name}
         for name, right in found.items():
-            row[name] = {**report(right[0]), "mean": float(right.mean()), "always": report(right.all(0))}
-        row["worst case"] = report(np.concatenate(list(found.values())).all(0))
+            row[name] = {
+                **results.accuracy(right[0]),
+                "mean": float(right.mean()),
+                "always": results.accuracy(right.all(0)),
+            }
+        row["worst case"] = results.accuracy(np.concatenate(list(found.values())).all(0))
         print(f"{text}: worst case {percent(row['worst case']['accuracy'])}", flush=True)
         return row
 
@@ -135,15 +138,9 @@ class _Bench:
         found: dict[str, Any] = {}
         for move in SHIFTS:
             text = f"prm:shift={move}"
-            found[move] = report(self.right(text, self.make(text, random_start=True), 1)[0])
+            found[move] = results.accuracy(self.right(text, self.make(text, random_start=True), 1)[0])
         found["mean"] = sum(one["accuracy"] for one in found.values()) / len(found)
         return found
-
-
-def report(right: np.ndarray) -> dict[str, Any]:
-    correct = int(right.sum())
-    low, high = wilson_interval(correct, len(right))
-    return {"correct": correct, "accuracy": correct / len(right), "interval": [low, high]}
 
 
 def _print(content: dict[str, Any], path: Path) -> None:

@@ -8,9 +8,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from mithridate.evaluation import wilson_interval
 from mithridate.evaluation.environment import environment
 
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
+
+
+def accuracy(right: np.ndarray) -> dict[str, Any]:
+    """How many of a bool ``[N]``, with the 95 % interval."""
+    correct, count = int(right.sum()), len(right)
+    return {"correct": correct, "accuracy": correct / count, "interval": list(wilson_interval(correct, count))}
 
 
 def write(name: str, content: dict[str, Any]) -> Path:

@@ -32,7 +32,6 @@ from mithridate.attacks import parse_attack
 from mithridate.bundle import Bundle
 from mithridate.datasets import LabelledImages
 from mithridate.defenses import Budget, Defence, Resources, build_defence
-from mithridate.evaluation import wilson_interval
 from mithridate.types import Epsilon, Pixels, to_images
 
 _BATCH = 64
@@ -83,12 +82,12 @@ def _row(
     if own:
         attacked[f"adaptive {attack}"] = _worst(*own)
     everything = _worst(clean, *asked.values())
-    row: dict[str, Any] = {"defense": defence.name, "clean": _report(clean.answered)}
-    row.update({name: _report(found.answered) for name, found in attacked.items()})
-    row["worst case"] = _report(everything.right)
+    row: dict[str, Any] = {"defense": defence.name, "clean": results.accuracy(clean.answered)}
+    row.update({name: results.accuracy(found.answered) for name, found in attacked.items()})
+    row["worst case"] = results.accuracy(everything.right)
     if clean.abstained.any() or any(found.abstained.any() for found in asked.values()):
-        row["clean abstained"] = _report(clean.abstained)
-        row["worst case or abstained"] = _report(clean.answered & everything.held)
+        row["clean abstained"] = results.accuracy(clean.abstained)
+        row["worst case or abstained"] = results.accuracy(clean.answered & everything.held)
     print(f"{defence.name}: worst case {100 * row['worst case']['accuracy']:.1f} %", flush=True)
     return row
 
@@ -150,15 +149,6 @@ def _ask(defence: Defence, pixels: Pixels, data: LabelledImages, seed: int) -> _
     right = torch.cat([answer.scores.argmax(1) for answer in answers]).numpy() == data.labels
     abstained = [torch.zeros(len(a.scores), dtype=torch.bool) if a.abstained is None else a.abstained for a in answers]
     return _Asked(right, torch.cat(abstained).numpy())
-
-
-def _report(right: np.ndarray) -> dict:
-    correct = int(right.sum())
-    return {
-        "correct": correct,
-        "accuracy": correct / len(right),
-        "interval": list(wilson_interval(correct, len(right))),
-    }
 
 
 def _print(rows: list[dict], title: str) -> None:

@@ -82,7 +82,7 @@ def pixels(
     )
     opened = Bundle.open(bundle)
     data = shared.load_data(dataset, data_root=data_root, download=download, image_size=image_size, split="test")
-    shared.check_fits(data, opened)
+    opened.check_fits(data)
     resources = Resources.load(opened, device=shared.check_device(device), allow_factory=arch)
     if not resources.prms and (module or lambdas or shares or attacked):
         raise OptionError(f"{bundle} has no PRM, which --module, --lambdas, --shares and --attacked are about")

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from mithridate.bundle import Bundle
     from mithridate.datasets import LabelledImages, Split
     from mithridate.types import Epsilon
 
@@ -87,18 +86,6 @@ def load_data(
         default_split=split,
         image_size=image_size,
     )
-
-
-def check_fits(data: LabelledImages, bundle: Bundle) -> None:
-    """Raises OptionError where the bundle's model does not take these images, or has other classes."""
-    from mithridate.errors import OptionError
-
-    manifest = bundle.manifest
-    if manifest.image_shape != data.image_shape or len(manifest.classes) != len(data.classes):
-        raise OptionError(
-            f"the model in {bundle.path} takes {manifest.image_shape} images of {len(manifest.classes)} classes; "
-            f"{data.spec} has {data.image_shape} of {len(data.classes)}"
-        )
 
 
 def numbers(option: str, text: str | None) -> tuple[float, ...] | None:

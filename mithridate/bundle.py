@@ -24,7 +24,8 @@ from pydantic import (
     model_validator,
 )
 
-from mithridate.errors import BundleError
+from mithridate.datasets import LabelledImages
+from mithridate.errors import BundleError, OptionError
 from mithridate.exemplars import CLEAN, ExemplarStore, Layout
 from mithridate.models import PRM, Classifier, is_factory, load_classifier, load_prm
 from mithridate.neighbors import NeighborIndex
@@ -216,6 +217,15 @@ class Bundle:
             embedding_layer=model.embedding_layer,
             tail_layer=model.tail_layer,
         )
+
+    def check_fits(self, data: LabelledImages) -> None:
+        """Raises OptionError where the model does not take these images, or has another number of classes."""
+        manifest = self.manifest
+        if manifest.image_shape != data.image_shape or len(manifest.classes) != len(data.classes):
+            raise OptionError(
+                f"the model in {self.path} takes {manifest.image_shape} images of {len(manifest.classes)} classes; "
+                f"{data.spec} has {data.image_shape} of {len(data.classes)}"
+            )
 
     def prms(self) -> tuple[PRM, ...]:
         """The pixel robustness manipulators, in the order in which the build was given them."""

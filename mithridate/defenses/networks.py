@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol, TypeVar
 
 import torch
@@ -88,15 +89,23 @@ class PrivateNetwork:
     parameters: Parameters
 
     def logits(self, images: Images) -> Logits:
-        logits: Logits = with_parameters(self.classifier.network, self.parameters)(self.classifier.normalise(images))
+        logits: Logits = self._network(self.classifier.normalise(images))
         return logits
 
     def head(self, points: torch.Tensor) -> Logits:
-        logits: Logits = with_parameters(self.classifier.head, self.parameters)(points)
+        logits: Logits = self._head(points)
         return logits
 
     def trunk(self, changed: ChangedTrunk) -> ChangedTrunk:
         return changed.with_layers(lambda layers: with_parameters(layers, self.parameters))
+
+    @cached_property
+    def _network(self) -> nn.Module:
+        return with_parameters(self.classifier.network, self.parameters)
+
+    @cached_property
+    def _head(self) -> nn.Module:
+        return with_parameters(self.classifier.head, self.parameters)
 
 
 def with_parameters(module: Module, parameters: Parameters) -> Module:

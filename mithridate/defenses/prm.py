@@ -154,7 +154,7 @@ class Manipulator:
     @property
     def attack_is_fixed(self) -> bool:
         moved = self.config.shift == "random" and self.config.attack in ("averaged", "sampled")
-        drawn = len(self._modules) > 1 or len(set(self.config.lambdas)) > 1 or len(set(self.config.stacks)) > 1
+        drawn = len(self._modules) > 1 or len(self.config.lambdas) > 1 or len(self.config.stacks) > 1
         return not (moved or drawn)
 
     def apply(self, images: Images, generators: Generators) -> Images:

@@ -144,7 +144,7 @@ def measure_pixels(
     pixels, labels = pixels.to(device), labels.to(device)
     has_prm = bool(resources.prms)
     lambdas = plan.lambdas if has_prm else ()
-    models = [_forward("none", resources), *(_prm_forward(value, resources, plan.module) for value in lambdas)]
+    models = [_forward("none", resources), *(_forward(prm_text(value, plan.module), resources) for value in lambdas)]
     step = _steps("input gradients", len(models) * -(-len(pixels) // plan.batch_size), progress)
     gradients = [input_gradient(model, pixels, labels, batch_size=plan.batch_size, advance=step) for model in models]
     manipulated = dict(zip(lambdas, gradients[1:], strict=True))
@@ -197,10 +197,6 @@ def _forward(text: str, resources: Resources) -> Forward:
     """What a defence gives attackers; none of those here draws anything that counts."""
     defence, generator = build_defence(text, resources), torch.Generator().manual_seed(0)
     return lambda images: defence.surrogate(images, generator=generator, budget=Budget())
-
-
-def _prm_forward(value: float, resources: Resources, module: int) -> Forward:
-    return _forward(prm_text(value, module) + ",attack_passes=1", resources)  # unmoved, eight passes are one
 
 
 def _steps(phase: str, total: int, progress: Progress) -> Callable[[], None]:
