@@ -1,0 +1,75 @@
+"""What a black-box attack sees of a defence: scores or labels for 8-bit images, every query counted.
+
+Two oracles answer alike: a defence in this process (``InProcessOracle``) and a service over HTTP
+(``attack_client.oracle``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+
+from mithridate.types import Labels, Pixels, Scores
+
+Track = Literal["scores", "labels"]
+"""``scores``: the attacker sees every class's score. ``labels``: only the class that is answered."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """For ``R`` queries: ``labels`` int64 ``[R]``, and ``scores`` float64 ``[R, C]`` on that track, else None."""
+
+    labels: torch.Tensor
+    scores: Scores | None = None
+
+
+class Oracle(Protocol):
+    """Answers queries. Not differentiable, and nothing else about the defence is known."""
+
+    @property
+    def track(self) -> Track: ...
+
+    @property
+    def classes(self) -> int: ...
+
+    def ask(self, rows: torch.Tensor, pixels: Pixels) -> Answers:
+        """One query each for uint8 ``pixels`` ``[R, C, H, W]``; ``rows`` int64 ``[R]`` says which of the attacked
+        images each is asked for (an image may occur several times). Each counts once, whatever has to be sent again.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlackBoxResult:
+    """For ``N`` images: what to send, ``pixels`` uint8 ``[N, C, H, W]`` (the most promising point that was asked for
+    and lies in the ball; the image itself where there is none), ``queries`` int64 ``[N]`` spent, and ``broken_at``
+    int64 ``[N]``: the number of the first query (from 1) in the ball that was misread, 0 where none was.
+    """
+
+    pixels: Pixels
+    queries: torch.Tensor
+    broken_at: torch.Tensor
+
+
+class BlackBoxAttack(Protocol):
+    """Makes images that are misread, from answers alone."""
+
+    @property
+    def name(self) -> str:
+        """As on the command line."""
+        ...
+
+    @property
+    def track(self) -> Track:
+        """The least it needs to see."""
+        ...
+
+    def run(self, oracle: Oracle, pixels: Pixels, labels: Labels, *, seed: int, budget: int) -> BlackBoxResult:
+        """At most ``budget`` queries for each of ``pixels``, uint8 ``[N, C, H, W]``, with true classes ``labels``.
+
+        All images advance in lock step, one ``ask`` for all that are still going on. What is drawn for an image
+        depends on ``seed`` and its row alone, so the same answers lead to the same queries.
+        """
+        ...
