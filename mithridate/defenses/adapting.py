@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
 from mithridate.defenses.base import Adaptation, Budget
-from mithridate.defenses.networks import BaseNetwork, HeadsNetwork, Network, Parameters, PrivateNetwork
+from mithridate.defenses.networks import BaseNetwork, Heads, HeadsNetwork, Network, Parameters, PrivateNetwork
 from mithridate.defenses.none import BasePass
 from mithridate.defenses.selection import Selection
 from mithridate.models import Classifier
@@ -68,6 +68,11 @@ class Adapter(Protocol):
     """Adapts weights to each image's neighbours, every image from the base weights on."""
 
     @property
+    def config(self) -> Any:
+        """Its options; ``held_out`` among them."""
+        ...
+
+    @property
     def batches(self) -> bool:
         """Whether several images together cost less than one after the other."""
         ...
@@ -75,6 +80,11 @@ class Adapter(Protocol):
     @property
     def repeatable(self) -> bool:
         """Whether running it twice is cheap, and it takes no gradient steps by autograd."""
+        ...
+
+    @property
+    def changes(self) -> Literal["head", "tail", "all"]:
+        """Which layers' weights are each image's own."""
         ...
 
     def adapt(self, query: Query) -> Adapted:
@@ -109,10 +119,8 @@ def average_privately(
     return Adapted(logits=torch.cat(logits), adaptations=adaptations, base_logits=base)
 
 
-def average_heads(
-    query: Query, classifier: Classifier, adaptations: tuple[Adaptation, ...], answer: Callable[[torch.Tensor], Logits]
-) -> Adapted:
-    """The query's average of heads of each image's own, ``answer(points [B, P, D]) -> log scores [B, P, C]``."""
+def average_heads(query: Query, classifier: Classifier, adaptations: tuple[Adaptation, ...], answer: Heads) -> Adapted:
+    """The query's average of heads of each image's own."""
     assert query.average is not None
     both = query.average(query, HeadsNetwork(classifier=classifier, images=len(query), answer=answer))  # [B, 2, C]
     return Adapted(logits=both[:, 0], adaptations=adaptations, base_logits=both[:, 1])

@@ -222,6 +222,11 @@ class FirstStage:
     transform: Transform
     attack_passes: int
 
+    @property
+    def images_attacked_at_a_time(self) -> int:
+        """So many that what is kept for a gradient fits."""
+        return max(1, rows_attacked_at_a_time(self.transform.bytes_a_row) // self.attack_passes)
+
     def apply(self, images: Images, rows: Sequence[int], budget: Budget | None = None) -> Images:
         """The images as the next stages see them; ``rows`` are their seeds. Raises BudgetExceededError where a
         ``budget`` ends."""
@@ -244,13 +249,19 @@ class FirstStage:
         """The log of the mean score of ``answer(images, rows)`` over draws (expectation over transformation).
         ``repeatable`` as in ``in_groups``.
         """
-        copies = self.attack_passes
-        numbers = range(_FIRST_STAGE, _FIRST_STAGE + copies)
+        copies, numbers = self.attack_passes, self._attack_numbers
 
         def some(start: int, stop: int) -> Logits:
-            draws = Draws(rows=rows[start:stop], passes=numbers)
-            moved = self.transform.apply_attack(images[start:stop].repeat_interleave(copies, 0), draws)
+            moved = self.attacked(images[start:stop], rows[start:stop])
             return log_mean(answer(moved, pass_seeds(rows[start:stop], numbers)), copies)
 
-        size = max(1, rows_attacked_at_a_time(self.transform.bytes_a_row) // copies)
-        return in_groups(some, len(images), size, repeatable=repeatable)
+        return in_groups(some, len(images), self.images_attacked_at_a_time, repeatable=repeatable)
+
+    def attacked(self, images: Images, rows: Sequence[int]) -> Images:
+        """``[N * attack_passes, C, H, W]``: the draws that an attacker is given, those of an image side by side."""
+        draws = Draws(rows=rows, passes=self._attack_numbers)
+        return self.transform.apply_attack(images.repeat_interleave(self.attack_passes, 0), draws)
+
+    @property
+    def _attack_numbers(self) -> range:
+        return range(_FIRST_STAGE, _FIRST_STAGE + self.attack_passes)

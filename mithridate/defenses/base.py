@@ -244,6 +244,11 @@ class Defence(Protocol):
         """As it is written on the command line."""
         ...
 
+    @property
+    def resources(self) -> Resources:
+        """What it is made of."""
+        ...
+
     def predict(self, images: Images, *, generator: torch.Generator, budget: Budget) -> Prediction:
         """Answers for ``images`` ``[N, C, H, W]``. Leaves no trace: the next call starts from the same weights.
 

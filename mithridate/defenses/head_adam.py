@@ -60,6 +60,16 @@ class HeadFit:
         ``head_input``."""
         return torch.einsum("bcd,b...d->b...c", self.weight, F.pad(head_input.double(), (0, 1), value=1.0))
 
+    def __call__(self, points: torch.Tensor) -> Logits:
+        return self.logits(points)
+
+    def held(self) -> HeadFit:
+        return self
+
+    def rows(self, start: int, stop: int) -> HeadFit:
+        """Those of some of the images."""
+        return HeadFit(weight=self.weight[start:stop], adaptations=self.adaptations[start:stop])
+
 
 def fit_heads(
     features: torch.Tensor,

@@ -12,7 +12,8 @@ Everything is float64: what another batch size changes in the rounding stays far
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch.nn import functional as F
@@ -22,6 +23,7 @@ from mithridate.defenses.base import Adaptation, Budget, Resources, interruption
 from mithridate.defenses.exemplar_scores import ExemplarScores
 from mithridate.defenses.options import require
 from mithridate.errors import BudgetExceededError
+from mithridate.types import Logits
 
 _ROUNDING = 1e-2
 """Fitted shares reach below 0 and above 1. Those below are rounded off smoothly, within about this much for all classes
@@ -57,6 +59,10 @@ class RidgeHead:
     @property
     def batches(self) -> bool:
         return True
+
+    @property
+    def changes(self) -> Literal["head", "tail", "all"]:
+        return "head"
 
     @property
     def repeatable(self) -> bool:
@@ -96,12 +102,15 @@ class RidgeHead:
                 logits=_positive(query.base.logits.double().softmax(1) + correction).log(), adaptations=fates
             )
 
-        def answer(points: torch.Tensor) -> torch.Tensor:
-            places = F.pad(points.double(), (0, 1), value=one)  # [B, P, D + 1]
-            corrections = fit_at(inputs, missing, weights, places, self.config.anchor)
-            corrections = torch.where(solved[:, None, None], corrections, 0.0)
-            return _positive(head(points).double().softmax(-1) + corrections).log()
-
+        answer = FittedHeads(
+            head=head,
+            inputs=inputs,
+            missing=missing,
+            weights=weights,
+            solved=solved,
+            one=one,
+            penalty=self.config.anchor,
+        )
         return average_heads(query, self.resources.classifier, fates, answer)
 
     @torch.no_grad()
@@ -119,6 +128,57 @@ class RidgeHead:
         after = ((missing[:, :held] - corrections).square().sum(-1) * shares).sum(1)
         after = after.masked_fill(rest[:, 0] == 0, torch.inf)
         return list(zip(before.tolist(), after.tolist(), strict=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FittedHeads:
+    """``B`` heads, fitted anew at every point: differentiable in the points and in the neighbours' ``weights``."""
+
+    head: torch.nn.Linear
+    inputs: torch.Tensor
+    missing: torch.Tensor
+    weights: torch.Tensor
+    solved: torch.Tensor
+    one: float
+    penalty: float
+
+    def __call__(self, points: torch.Tensor) -> Logits:
+        places = F.pad(points.double(), (0, 1), value=self.one)  # [B, P, D + 1]
+        corrections = fit_at(self.inputs, self.missing, self.weights, places, self.penalty)
+        corrections = torch.where(self.solved[:, None, None], corrections, 0.0)
+        return _positive(self.head(points).double().softmax(-1) + corrections).log()
+
+    @torch.no_grad()
+    def held(self) -> LinearCorrections:
+        """The fit is linear in the point: what it gives at every axis is all of it."""
+        width = self.inputs.shape[-1]
+        axes = torch.eye(width, dtype=self.inputs.dtype, device=self.inputs.device).expand(len(self.inputs), -1, -1)
+        fitted = fit_at(self.inputs, self.missing, self.weights.detach(), axes, self.penalty)
+        fitted = torch.where(self.solved[:, None, None], fitted, 0.0)
+        return LinearCorrections(head=self.head, weight=fitted, one=self.one)
+
+    def rows(self, start: int, stop: int) -> FittedHeads:
+        names = ("inputs", "missing", "weights", "solved")
+        return replace(self, **{name: getattr(self, name)[start:stop] for name in names})
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearCorrections:
+    """``B`` heads: the base head's scores, and a linear map of its input, ``weight`` ``[B, D + 1, C]``, added."""
+
+    head: torch.nn.Linear
+    weight: torch.Tensor
+    one: float
+
+    def __call__(self, points: torch.Tensor) -> Logits:
+        places = F.pad(points.double(), (0, 1), value=self.one)  # [B, P, D + 1]
+        return _positive(self.head(points).double().softmax(-1) + places @ self.weight).log()
+
+    def held(self) -> LinearCorrections:
+        return self
+
+    def rows(self, start: int, stop: int) -> LinearCorrections:
+        return replace(self, weight=self.weight[start:stop])
 
 
 def _positive(shares: torch.Tensor) -> torch.Tensor:

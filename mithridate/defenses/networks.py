@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol, TypeVar
@@ -19,6 +19,22 @@ Module = TypeVar("Module", bound=nn.Module)
 
 Parameters = Mapping[int, nn.Parameter]
 """Adapted parameters, by the ``id`` of the base model's parameter that each stands for."""
+
+
+class Heads(Protocol):
+    """A head of its own for each of ``N`` images."""
+
+    def __call__(self, points: torch.Tensor) -> Logits:
+        """For inputs of the last layer ``[N, P, D]``: log scores (or logits) ``[N, P, C]``."""
+        ...
+
+    def held(self) -> Heads:
+        """The same as constants: no gradient goes into what they were made of."""
+        ...
+
+    def rows(self, start: int, stop: int) -> Heads:
+        """Those of some of the images."""
+        ...
 
 
 class Network(Protocol):
@@ -60,14 +76,13 @@ class BaseNetwork:
 
 @dataclass(frozen=True, kw_only=True)
 class HeadsNetwork:
-    """The base model's trunk, and for each of ``images`` images a head of its own.
-
-    ``answer(points [N, P, D]) -> log scores [N, P, C]``. Beside it the base head answers: ``[rows, 2, C]``.
+    """The base model's trunk, and for each of ``images`` images a head of its own. Beside it the base head answers:
+    ``[rows, 2, C]``.
     """
 
     classifier: Classifier
     images: int
-    answer: Callable[[torch.Tensor], Logits]
+    answer: Heads
 
     def logits(self, images: Images) -> Logits:
         return self.head(self.classifier.trace(images).head_input)

@@ -29,6 +29,7 @@ from mithridate.defenses.base import (
     draw_seed,
 )
 from mithridate.defenses.guard import GuardConfig, guard, guarded_logits, neighbor_votes
+from mithridate.defenses.held import Held, SeveralHeads, held_logits, hold, images_logits, networks_of
 from mithridate.defenses.networks import Network
 from mithridate.defenses.none import BasePass, base_pass
 from mithridate.defenses.randomness import row_seeds
@@ -134,6 +135,73 @@ class RMC:
             size,
             repeatable=self.adapter.repeatable,
         )
+
+    @property
+    def answers_as_base(self) -> bool:
+        """Whether the base model may answer: let by a guard, or by the neighbours that are held out."""
+        guarding = self.guarding
+        return bool(guarding.gate or guarding.mix or self.adapter.config.held_out)
+
+    def hold(self, images: Images, *, generator: torch.Generator) -> Held:
+        """The weights that each of ``images`` ``[N, C, H, W]`` is answered by, held: one draw of what is random."""
+        seed = draw_seed(generator)
+        seeds, device = (seed,) * len(images), self.resources.classifier.device
+        with torch.no_grad():
+            draws = self._draws(seeds, images)
+            seen = images.to(device) if self.first is None else self.first.apply(images.to(device), draws)
+            base = base_pass(self.resources.classifier, seen)
+            return hold(self.adapter, self._query(seen, base, (Budget(),) * len(images), seeds, draws))
+
+    def held_logits(self, images: Images, held: Sequence[Held], *, generator: torch.Generator) -> Logits:
+        """float64 ``[N, 1 + M, C]``: what the base model, and each of ``held`` (``M``, of these ``N`` images each),
+        say; differentiable in ``images``. With the other stages of this defence: fresh draws of what is random, a mean
+        of as many as an attacker is given.
+        """
+        draws = self._draws((draw_seed(generator),) * len(images), images)
+        if self.first is None:
+            return self._held_logits(images, held, draws, 1)
+        first, copies, found = self.first, self.first.attack_passes, []
+        size = first.images_attacked_at_a_time
+        for start in range(0, len(images), size):
+            stop = min(start + size, len(images))
+            mine = [models.rows(start, stop) for models in held]
+
+            def answer(seen: Images, draws: Sequence[int], mine: Sequence[Held] = mine) -> Logits:
+                return self._held_logits(seen, mine, draws, copies)
+
+            found.append(first.attack(images[start:stop], draws[start:stop], answer))
+        return torch.cat(found)
+
+    def embed(self, images: Images, *, generator: torch.Generator) -> torch.Tensor:
+        """``[N, D]``: what the index is searched with, differentiable; the mean over draws behind a transform."""
+        classifier = self.resources.classifier
+        if self.first is None:
+            return classifier.embed(images)
+        draws, size = self._draws((draw_seed(generator),) * len(images), images), self.first.images_attacked_at_a_time
+        found = [
+            self.first.attacked(images[start : start + size], draws[start : start + size])
+            for start in range(0, len(images), size)
+        ]
+        copies = self.first.attack_passes
+        return torch.cat([classifier.embed(seen).unflatten(0, (-1, copies)).mean(1) for seen in found])
+
+    def _held_logits(self, images: Images, held: Sequence[Held], draws: Sequence[int], copies: int) -> Logits:
+        classifier, average = self.resources.classifier, self.average
+        heads = all(models.heads is not None for models in held)
+        if average is None:
+            base = base_pass(classifier, images)
+            if heads or self.adapter.changes == "tail":
+                return held_logits(classifier, base, held, copies)
+            return images_logits(classifier, images, base, held, copies)
+        if heads:
+            rows = len(images) // copies
+            return average.attack(images, draws, SeveralHeads(classifier=classifier, images=rows, held=held))
+        found = []
+        for row in range(len(images) // copies):
+            places = slice(row * copies, (row + 1) * copies)
+            networks = networks_of(classifier, held, row)
+            found.append(torch.stack([average.attack(images[places], draws[places], n) for n in networks], 1))
+        return torch.cat(found)
 
     def _draws(self, seeds: tuple[int, ...], images: Images) -> tuple[int, ...]:
         """What the other stages draw from, a seed an image: of the image as it came."""

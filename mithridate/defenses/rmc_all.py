@@ -70,6 +70,10 @@ class AllAdapter:
         return False
 
     @property
+    def changes(self) -> Literal["head", "tail", "all"]:
+        return "all"
+
+    @property
     def repeatable(self) -> bool:
         return False
 

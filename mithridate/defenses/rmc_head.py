@@ -6,6 +6,7 @@ The other solver is ``head_ridge``.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -30,6 +31,10 @@ class AdamHead:
     @property
     def batches(self) -> bool:
         return True
+
+    @property
+    def changes(self) -> Literal["head", "tail", "all"]:
+        return "head"
 
     @property
     def repeatable(self) -> bool:
@@ -57,5 +62,5 @@ class AdamHead:
                 held,
             )
         if query.average is not None:
-            return average_heads(query, self.resources.classifier, fit.adaptations, fit.logits)
+            return average_heads(query, self.resources.classifier, fit.adaptations, fit)
         return Adapted(logits=fit.logits(query.base.head_input), adaptations=fit.adaptations)

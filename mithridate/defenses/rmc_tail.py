@@ -6,6 +6,7 @@ The trunk is frozen, so what it makes of an exemplar is stored in the bundle, an
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 
@@ -78,6 +79,10 @@ class TailAdapter:
     @property
     def batches(self) -> bool:
         return True
+
+    @property
+    def changes(self) -> Literal["head", "tail", "all"]:
+        return "tail"
 
     @property
     def repeatable(self) -> bool:
