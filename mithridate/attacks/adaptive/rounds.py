@@ -2,9 +2,9 @@
 
 Chen, Liang, Jha et al.: Towards Evaluating the Robustness of Neural Networks Learned by Transduction (ICLR 2022),
 sections 5.1 and 5.2 (fixed point attack, greedy model space attack); Athalye et al. 2018 for BPDA. Four differences,
-each in the attacker's favour: the loss is a margin that stops growing (``loss=ce`` is theirs); where no round succeeds the most promising point is sent (theirs: the clean image); a
-round begins where the last one ended; and where a guard may answer with the base model instead, the base model is
-attacked together with the adapted one.
+each in the attacker's favour: the loss is a margin that stops growing (``loss=ce`` is theirs); where no round succeeds
+the most promising point is sent (theirs: the clean image); a round begins where the last one ended; and where a guard
+may answer with the base model instead, the base model is attacked together with the adapted one.
 """
 
 from __future__ import annotations
