@@ -2,6 +2,7 @@
 
 from mithridate.attacks.judging import Attack, Forward
 from mithridate.attacks.trace import Trace
+from mithridate.attacks.white_box.apgd import APGD
 from mithridate.attacks.white_box.carlini_wagner import CarliniWagner
 from mithridate.attacks.white_box.deepfool import DeepFool
 from mithridate.attacks.white_box.jsma import JSMA
@@ -10,6 +11,7 @@ from mithridate.attacks.white_box.one_pixel import OnePixel
 from mithridate.attacks.white_box.pgd import PGD
 
 __all__ = [
+    "APGD",
     "JSMA",
     "PGD",
     "Attack",
