@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from mithridate.attacks.judging import BestPoints, margins
-from mithridate.attacks.oracle import BlackBoxResult, Oracle, Track
+from mithridate.attacks.oracle import BlackBoxResult, Oracle, Track, occurrences
 from mithridate.errors import OptionError
 from mithridate.types import Epsilon, Labels, Pixels, Scores
 
@@ -143,7 +143,7 @@ class Session:
         )
 
     def _query(self, rows: torch.Tensor, points: Pixels, *, rank: bool) -> Seen:
-        numbers = self.spent[rows] + _occurrences(rows) + 1
+        numbers = self.spent[rows] + occurrences(rows) + 1
         if bool((numbers > self.budget).any()):
             raise ValueError(f"more than {self.budget} queries were asked for an image")
         answers = self._oracle.ask(rows, points)
@@ -193,16 +193,6 @@ class Session:
 
 def _digest(point: NDArray[np.uint8]) -> bytes:
     return hashlib.blake2b(np.ascontiguousarray(point).data, digest_size=8).digest()
-
-
-def _occurrences(rows: torch.Tensor) -> torch.Tensor:
-    """``[R]``: how many of the same row come before."""
-    order = rows.argsort(stable=True)
-    ordered = rows[order]
-    first = torch.searchsorted(ordered, ordered)  # where its group begins
-    counts = torch.empty_like(rows)
-    counts[order] = torch.arange(len(rows)) - first
-    return counts
 
 
 def _first_of_each(rows: torch.Tensor, cost: torch.Tensor) -> torch.Tensor:
