@@ -19,17 +19,17 @@ from tests.mithridate.black_box_helpers import Books
 EPSILON = Epsilon(12)
 BUDGET = 150
 
-# Of 40 digits at 64/255, after 600 queries: how many each must break. It broke at least five more when this was written.
+# Of 40 digits at 32/255, after 600 queries: how many each must break. Each broke five more when this was written.
 BREAKS = {
-    "square": 35,
-    "simba": 35,
-    "simba-dct": 30,
-    "nes": 35,
-    "boundary": 35,
-    "hopskipjump": 35,
-    "rays": 35,
-    "random-noise": 5,
-    "random-corners": 20,
+    "square": 33,
+    "simba": 34,
+    "simba-dct": 22,
+    "nes": 30,
+    "boundary": 15,
+    "hopskipjump": 21,
+    "rays": 32,
+    "random-noise": 2,
+    "random-corners": 15,
 }
 
 
@@ -40,7 +40,7 @@ def test_every_attack_has_a_strength_to_show() -> None:
 @pytest.mark.parametrize("name", BLACK_BOX)
 def test_it_breaks_an_undefended_network(name: str, resources: Resources, digits_test: LabelledImages) -> None:
     pixels, labels = torch.from_numpy(digits_test.images[:40]), torch.from_numpy(digits_test.labels[:40])
-    attack = parse_black_box(name, epsilon=Epsilon(64))
+    attack = parse_black_box(name, epsilon=Epsilon(32))
     oracle = InProcessOracle(build_defence("none", resources), classes=10, track=attack.track)
     result = attack.run(oracle, pixels, labels, seed=0, budget=600)
     assert int((result.broken_at > 1).sum()) >= BREAKS[name]
@@ -90,8 +90,7 @@ def test_an_image_is_attacked_the_same_whoever_is_beside_it(name: str) -> None:
     assert torch.equal(many.broken_at[:5], few.broken_at)
     other = Books(forward, track=attack.track)
     attack.run(other, pixels[:5], labels[:5], seed=3, budget=BUDGET)
-    if name != "rays" or any(len(other.of(row)) > 30 for row in range(5)):
-        assert other.queries != alone.queries, "the seed draws nothing"
+    assert other.queries != alone.queries, "the seed draws nothing"
 
 
 class _Lies(Books):
@@ -126,8 +125,8 @@ def test_against_a_random_defence_nothing_ends_at_the_first_lucky_answer(name: s
     assert oracle.counts(8) == result.queries.tolist()
     if not name.startswith("simba"):  # it may run out of directions that help
         assert result.queries.tolist() == [BUDGET] * 8
-    first = [next((n for n in (int(result.broken_at[row]),) if n), 0) for row in range(8)]
-    assert any(0 < number < BUDGET / 2 for number in first), "the defence was never lucky: the test says nothing"
+    lucky = (result.broken_at > 0) & (result.broken_at < BUDGET / 2)
+    assert lucky.any(), "the defence was never wrong: the test says nothing"
 
 
 def test_a_budget_of_one_is_the_image_itself() -> None:

@@ -129,7 +129,7 @@ class Session:
     def offer(self, rows: torch.Tensor, points: Pixels, cost: torch.Tensor) -> None:
         """Points of the open images ``rows``, each once, that are the better the lower ``cost`` ``[R]``."""
         inside = self._distances(rows, points) <= self._levels
-        self._best.offer(rows[inside], points[inside], cost[inside])
+        self._best.offer(rows, points, torch.where(inside, cost, torch.inf))
 
     def close(self, row: int) -> None:
         """The attack has nothing more to ask for this image."""
@@ -157,9 +157,10 @@ class Session:
         distances = self._distances(rows, points)
         self._note(rows, numbers, misread & (distances <= self._levels))
         if rank:
-            cost = torch.where(misread, distances.double(), torch.inf) if found is None else found
-            first = _first_of_each(rows, cost - _MISREAD_FIRST * misread)
-            self.offer(rows[first], points[first], (cost - _MISREAD_FIRST * misread)[first])
+            told = torch.where(misread, distances.double(), torch.inf) if found is None else found
+            cost = torch.where(distances <= self._levels, told - _MISREAD_FIRST * misread, torch.inf)
+            first = _first_of_each(rows, cost)
+            self._best.offer(rows[first], points[first], cost[first])
         for row in rows[self.spent[rows] >= self.budget].unique().tolist():
             self.close(row)
         return Seen(misread=misread, margins=found)
