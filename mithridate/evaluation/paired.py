@@ -61,7 +61,7 @@ def mcnemar(gained: int, lost: int) -> float:
     if changed == 0:
         return 1.0
     tail = sum(math.comb(changed, k) for k in range(fewer + 1))
-    return min(1.0, 2 * tail / 2**changed)
+    return min(1.0, tail / (1 << changed - 1))
 
 
 def tango_interval(gained: int, lost: int, n: int) -> tuple[float, float]:
