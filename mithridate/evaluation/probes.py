@@ -66,6 +66,7 @@ class Prober:
         salt: int,
         draws: int = 1,
         single: bool = False,
+        whole: bool = True,
         of: Defence | None = None,
     ) -> Climb:
         """Plain PGD on the cross-entropy of the surrogate (of ``of``, unless it is this defence's), with a random

@@ -112,8 +112,10 @@ class _Trial:
             self._surrogate(),
         )
 
-    def _climb(self, epsilon: Epsilon, steps: int, *, salt: int, draws: int | None = None, **how: object) -> Climb:
-        climb = self.prober.climb(epsilon, steps, salt=salt, draws=draws or self.draws, **how)  # type: ignore[arg-type]
+    def _climb(
+        self, epsilon: Epsilon, steps: int, *, salt: int, draws: int = 0, single: bool = False, whole: bool = True
+    ) -> Climb:
+        climb = self.prober.climb(epsilon, steps, salt=salt, draws=draws or self.draws, single=single, whole=whole)
         self.done += 1
         self.progress("gates", self.done, self.total)
         return climb
