@@ -60,7 +60,7 @@ def pixels(
     """
     import torch
 
-    from mithridate.attacks import parse_attack
+    from mithridate.attacks import parse_pgd
     from mithridate.bundle import Bundle
     from mithridate.defenses import Resources
     from mithridate.errors import OptionError
@@ -72,7 +72,7 @@ def pixels(
     shared.use_threads(threads)
     shared.allow_local_code(arch)
     plan = PixelPlan(
-        attack=parse_attack(attack, epsilon=shared.customary_epsilon(dataset, epsilon)),
+        attack=parse_pgd(attack, epsilon=shared.customary_epsilon(dataset, epsilon)),
         module=module,
         lambdas=shared.numbers("--lambdas", lambdas) or LAMBDAS,
         shares=_shares(shares) or SHARES,

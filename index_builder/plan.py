@@ -13,7 +13,7 @@ import torch
 
 from index_builder.training import TrainingPlan
 from mithridate import __version__
-from mithridate.attacks import PGD, parse_attack
+from mithridate.attacks import PGD, parse_pgd
 from mithridate.bundle import sha256_of
 from mithridate.datasets import LabelledImages
 from mithridate.defenses import parse_defence
@@ -139,7 +139,7 @@ class BuildPlan:
 def _read_copy(text: str, epsilon: Epsilon) -> CopyPlan:
     """``pgd10``, or ``pgd10@DEFENCE``."""
     name, at, defense = text.partition("@")
-    attack = parse_attack(name, epsilon=epsilon)
+    attack = parse_pgd(name, epsilon=epsilon)
     if not at:
         return CopyPlan(name=attack.name, attack=attack)
     return CopyPlan(name=f"{attack.name}-at-{_file_name(defense)}", attack=attack, defense=defense)

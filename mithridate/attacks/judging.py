@@ -59,6 +59,7 @@ class BestPoints:
 
     def offer(self, rows: torch.Tensor, points: Pixels, cost: torch.Tensor) -> None:
         """``points`` ``[R, C, H, W]`` for the images ``rows`` ``[R]``, each once. NaN is no cost: it is left out."""
-        better = cost.double() < self.cost[rows]
-        self.pixels[rows[better]] = points[better]
-        self.cost[rows[better]] = cost[better].double()
+        cost, before = cost.double(), self.cost[rows]
+        better = cost < before  # by torch.where below: an index of bools would make a GPU wait
+        self.pixels[rows] = torch.where(better.view(-1, 1, 1, 1), points, self.pixels[rows])
+        self.cost[rows] = torch.where(better, cost, before)

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mithridate.attacks import PGD, parse_attack
+from mithridate.attacks import PGD, parse_pgd
 from mithridate.defenses.base import (
     Adaptation,
     Batch,
@@ -72,7 +72,7 @@ class KNNOATConfig:
     @property
     def pgd(self) -> PGD:
         """The attack."""
-        return parse_attack(self.attack, epsilon=Epsilon.parse(self.epsilon))
+        return parse_pgd(self.attack, epsilon=Epsilon.parse(self.epsilon))
 
 
 @dataclass(frozen=True, kw_only=True)

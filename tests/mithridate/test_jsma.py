@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mithridate.attacks import JSMA
-from mithridate.attacks.jsma import best_pairs
+from mithridate.attacks.white_box.jsma import best_pairs
 from mithridate.datasets import LabelledImages
 from mithridate.defenses import Resources
 from tests.mithridate.attack_helpers import answers, linear, random_pixels, run

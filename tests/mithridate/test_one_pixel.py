@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from mithridate.attacks import OnePixel
-from mithridate.attacks.one_pixel import painted
+from mithridate.attacks.white_box.one_pixel import painted
 from mithridate.datasets import LabelledImages
 from mithridate.defenses import Resources
 from tests.mithridate.attack_helpers import answers, linear, random_pixels, run
