@@ -60,7 +60,10 @@ def mcnemar(gained: int, lost: int) -> float:
     changed, fewer = gained + lost, min(gained, lost)
     if changed == 0:
         return 1.0
-    tail = sum(math.comb(changed, k) for k in range(fewer + 1))
+    ways = tail = 1
+    for k in range(fewer):
+        ways = ways * (changed - k) // (k + 1)  # of k + 1 among all that changed
+        tail += ways
     return min(1.0, tail / (1 << changed - 1))
 
 

@@ -8,16 +8,33 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch.nn import functional as F
 
-from mithridate.defenses.base import Batch, Budget, Outcome, Prediction, Request, Resources, answer_one, answer_together
+from mithridate.attacks import parse_attack
+from mithridate.attacks.black_box import Square
+from mithridate.attacks.in_process import InProcessOracle
+from mithridate.defenses.base import (
+    Batch,
+    Budget,
+    Defence,
+    Outcome,
+    Prediction,
+    Request,
+    Resources,
+    answer_one,
+    answer_together,
+)
 from mithridate.defenses.none import base_pass
+from mithridate.evaluation.findings import AttackKind
+from mithridate.evaluation.probes import surrogate
+from mithridate.evaluation.repeated import is_random, score
+from mithridate.evaluation.trust import Tried
 from mithridate.models import Classifier
-from mithridate.types import Images, Logits
+from mithridate.types import Epsilon, Images, Labels, Logits, Pixels, to_images
 
 Path = Callable[[Classifier, Images], Logits]
 
@@ -105,3 +122,37 @@ PLANTED: Mapping[str, tuple[Path, Path]] = {
 """By name: what it answers with, and what it shows."""
 
 BROKEN = tuple(name for name in PLANTED if name != "identity")
+
+
+def attack_planted(
+    defence: Defence, base: Defence, pixels: Pixels, labels: Labels, *, epsilon: Epsilon, seed: int, queries: int = 500
+) -> list[Tried]:
+    """A small suite that breaks all of ``PLANTED``: PGD on the base, PGD with two losses on what the defence shows,
+    Square on what it answers. ``pixels`` uint8 ``[N, C, H, W]``, ``labels`` ``[N]``."""
+    generator = torch.Generator().manual_seed(seed)
+    kinds: dict[str, tuple[AttackKind, Defence]] = {
+        "pgd40": ("transfer", base),
+        "pgd40x2": ("white-box", defence),
+        "pgd40x2-margin": ("white-box", defence),
+    }
+    tried = []
+    for name, (kind, whose) in kinds.items():
+        attack = parse_attack(name, epsilon=epsilon)
+        sent = attack.run(surrogate(whose, generator), pixels, labels, generator=generator)
+        tried.append(_sent(defence, name, kind, sent, labels, epsilon, seed))
+    classes = defence.predict(to_images(pixels[:1]), generator=generator, budget=Budget()).scores.shape[1]
+    oracle = InProcessOracle(defence, classes=classes, seed=seed)
+    asked = Square(epsilon=epsilon, random=is_random(defence, pixels, seed=seed)).run(
+        oracle, pixels, labels, seed=seed, budget=queries
+    )
+    found = tuple((asked.broken_at > 0).tolist())
+    tried.append(replace(_sent(defence, "square", "black-box", asked.pixels, labels, epsilon, seed), found=found))
+    return tried
+
+
+def _sent(
+    defence: Defence, attack: str, kind: AttackKind, pixels: Pixels, labels: Labels, epsilon: Epsilon, seed: int
+) -> Tried:
+    right = score(defence, pixels, labels, repeats=1, seed=seed, random=False).right
+    name = f"{attack} from the base" if kind == "transfer" else attack
+    return Tried(attack=name, kind=kind, pixels=pixels, right=right, epsilon=epsilon)

@@ -41,13 +41,13 @@ class Scored:
     @property
     def repeated(self) -> Repeated:
         """Expected, majority and persistent-attacker accuracy."""
-        n = max(len(self.wrong), 1)
+        n, answers = max(len(self.wrong), 1), max(len(self.wrong), 1) * self.asked
         persistent: dict[int, float] = {}
         for tries in TRIES:
             persistent[tries] = min([self.unbroken_after(tries), *persistent.values()])
         return Repeated(
             repeats=self.asked,
-            expected=1 - sum(self.wrong) / (n * self.asked),
+            expected=(answers - sum(self.wrong)) / answers,
             majority=sum(2 * wrong < self.asked for wrong in self.wrong) / n,
             persistent=persistent,
         )
@@ -100,7 +100,9 @@ def answered_right(
 
 
 def is_random(defence: Defence, pixels: Pixels, *, seed: int, calls: int = _CALLS, images: int = _IMAGES) -> bool:
-    """Whether fresh seeds change any score of the first ``images``."""
+    """Whether fresh seeds change any score of the first ``images``. Scores, not labels: a defence that hardly ever
+    changes an answer changes its scores all the time. Where even they hardly change, this may miss it: say so yourself.
+    """
     generator = torch.Generator().manual_seed((seed ^ _SCORING) & (2**63 - 1))
     few = to_images(pixels[:images])
     scores = [defence.predict(few, generator=generator, budget=Budget()).scores for _ in range(calls)]
