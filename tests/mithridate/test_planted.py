@@ -16,7 +16,7 @@ from mithridate.evaluation.trust import Tried, run_gates
 from mithridate.evaluation.verdict import Verdict, rule
 from mithridate.types import Epsilon, Labels, Pixels
 
-IMAGES, EPSILON = 60, Epsilon(32)
+IMAGES, EPSILON = 40, Epsilon(32)
 SETTINGS = ProbeSettings(images=IMAGES, steps=20, unbounded_steps=60, noise=10, batch=IMAGES)
 
 Measured = tuple[tuple[bool, ...], tuple[bool, ...], list[Tried], tuple[Gate, ...]]
@@ -72,7 +72,7 @@ def test_broken_on_purpose_is_flagged_and_falls(
 ) -> None:
     found = measure(planted(name, resources), resources, digits)
     assert flags(found) >= EXPECTED[name]
-    assert sum(found[0]) >= 0.9 * IMAGES  # it looks like a working classifier
+    assert sum(found[0]) >= 0.8 * IMAGES  # it looks like a working classifier
     assert sum(found[1]) <= sum(base[1]) + 3  # and stands no longer than its base
     assert judged(name, found, base).ruling == "not trustworthy"
     fallen = [t for t in found[2] if t.kind in ("black-box", "transfer", "white-box")]
@@ -104,11 +104,10 @@ def test_all_gates_are_asked_in_order_and_each_says_why(base: Measured) -> None:
     assert {gate.id for gate in base[3] if gate.passed is None} == {"G11"}  # it always answers the same
 
 
-@pytest.mark.parametrize("name", ["webnn:neighbors=16", "sap:passes=4,attack_passes=4"])
-def test_a_real_defence_is_not_flagged_for_nothing(
-    name: str, resources: Resources, digits: tuple[Pixels, Labels], base: Measured
+def test_a_real_random_defence_is_not_flagged_for_nothing(
+    resources: Resources, digits: tuple[Pixels, Labels], base: Measured
 ) -> None:
-    """Neighbour votes and random pruning fall to attacks that know them: nothing is hidden, so nothing is flagged."""
-    found = measure(build_defence(name, resources), resources, digits)
+    """Random resizing falls to an attack that resizes too: nothing is hidden, so nothing is flagged."""
+    found = measure(build_defence("randomization:size=keep,attack_passes=2", resources), resources, digits)
     assert flags(found) == set()
     assert sum(found[1]) <= sum(base[1]) + 3
