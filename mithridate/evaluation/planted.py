@@ -1,0 +1,158 @@
+"""Defences that are broken on purpose, and one that does nothing: what the gates and the suite are proved on.
+
+Each of the four hides its base from one kind of evaluation and is worth no more than it. All are mistakes that were
+published as defences (Athalye, Carlini, Wagner 2018; Carlini and Wagner 2016 for the temperature).
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch.nn import functional as F
+
+from mithridate.attacks import parse_attack
+from mithridate.attacks.black_box import Square
+from mithridate.attacks.in_process import InProcessOracle
+from mithridate.defenses.base import (
+    Batch,
+    Budget,
+    Defence,
+    Outcome,
+    Prediction,
+    Request,
+    Resources,
+    answer_one,
+    answer_together,
+)
+from mithridate.defenses.none import base_pass
+from mithridate.evaluation.findings import AttackKind
+from mithridate.evaluation.probes import surrogate
+from mithridate.evaluation.repeated import is_random, score
+from mithridate.evaluation.trust import Tried
+from mithridate.models import Classifier
+from mithridate.types import Epsilon, Images, Labels, Logits, Pixels, to_images
+
+Path = Callable[[Classifier, Images], Logits]
+
+TEMPERATURE = 1000.0
+LEVELS = 16
+NOISE = 0.02
+"""Standard deviation, in units of the pixel range."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planted:
+    """``answers`` is what clients get, ``shows`` what white-box attackers are given."""
+
+    name: str
+    resources: Resources
+    answers: Path
+    shows: Path
+
+    def predict(self, images: Images, *, generator: torch.Generator, budget: Budget) -> Prediction:
+        return answer_one(self.predict_together, images, generator, budget)
+
+    @torch.no_grad()
+    def predict_together(self, requests: Sequence[Request]) -> list[Outcome]:
+        return answer_together(requests, self.resources.classifier.device, self._answer)
+
+    def _answer(self, batch: Batch) -> Prediction:
+        classifier, nothing = self.resources.classifier, (None,) * len(batch.images)
+        return Prediction(
+            scores=self.answers(classifier, batch.images).softmax(1).cpu(),
+            base_scores=_plain(classifier, batch.images).softmax(1).cpu(),
+            adaptations=nothing,
+            neighborhoods=nothing,
+            seconds={},
+        )
+
+    def surrogate(self, images: Images, *, generator: torch.Generator, budget: Budget) -> Logits:
+        del generator
+        budget.check()
+        return self.shows(self.resources.classifier, images)
+
+
+def planted(name: str, resources: Resources) -> Planted:
+    """One of ``PLANTED``."""
+    answers, shows = PLANTED[name]
+    return Planted(name=name, resources=resources, answers=answers, shows=shows)
+
+
+def _plain(classifier: Classifier, images: Images) -> Logits:
+    return base_pass(classifier, images).logits
+
+
+def _rounded(classifier: Classifier, images: Images, *, levels: int) -> Logits:
+    """Steps have no slope: the gradient of rounding is zero everywhere."""
+    return _plain(classifier, (images * (levels - 1)).round() / (levels - 1))
+
+
+def _hot(classifier: Classifier, images: Images) -> Logits:
+    """The same answers, each with probability 1: the cross-entropy's gradient underflows."""
+    return TEMPERATURE * _plain(classifier, images)
+
+
+def _shaken(classifier: Classifier, images: Images) -> Logits:
+    """At a random size and place, with noise on top, from randomness that nobody is told of, so that no seed repeats an
+    answer and one lucky draw passes for a success, or for a defence."""
+    generator = torch.Generator().manual_seed(secrets.randbits(62))
+    side = images.shape[-1]
+    size = int(torch.randint(round(0.9 * side), side + 1, (), generator=generator))
+    left, top = (int(torch.randint(side - size + 1, (), generator=generator)) for _ in range(2))
+    small = F.interpolate(images, size=(size, size), mode="nearest")
+    whole = F.pad(small, (left, side - size - left, top, side - size - top))
+    noise = NOISE * torch.randn(whole.shape, generator=generator).to(whole.device)
+    return _plain(classifier, (whole + noise).clamp(0, 1))
+
+
+_killed: Path = partial(_rounded, levels=256)  # on 8-bit images it changes nothing but the gradient
+_quantised: Path = partial(_rounded, levels=LEVELS)
+
+PLANTED: Mapping[str, tuple[Path, Path]] = {
+    "gradient-killer": (_killed, _killed),
+    "quantiser": (_quantised, _quantised),
+    "temperature": (_hot, _hot),
+    "hidden-randomness": (_shaken, _plain),
+    "identity": (_plain, _plain),
+}
+"""By name: what it answers with, and what it shows."""
+
+BROKEN = tuple(name for name in PLANTED if name != "identity")
+
+
+def attack_planted(
+    defence: Defence, base: Defence, pixels: Pixels, labels: Labels, *, epsilon: Epsilon, seed: int, queries: int = 500
+) -> list[Tried]:
+    """A small suite that breaks all of ``PLANTED``: PGD on the base, PGD with two losses on what the defence shows,
+    Square on what it answers. ``pixels`` uint8 ``[N, C, H, W]``, ``labels`` ``[N]``."""
+    generator = torch.Generator().manual_seed(seed)
+    kinds: dict[str, tuple[AttackKind, Defence]] = {
+        "pgd40": ("transfer", base),
+        "pgd40x2": ("white-box", defence),
+        "pgd40x2-margin": ("white-box", defence),
+    }
+    tried = []
+    for name, (kind, whose) in kinds.items():
+        attack = parse_attack(name, epsilon=epsilon)
+        sent = attack.run(surrogate(whose, generator), pixels, labels, generator=generator)
+        tried.append(_sent(defence, name, kind, sent, labels, epsilon, seed))
+    classes = defence.predict(to_images(pixels[:1]), generator=generator, budget=Budget()).scores.shape[1]
+    oracle = InProcessOracle(defence, classes=classes, seed=seed)
+    asked = Square(epsilon=epsilon, random=is_random(defence, pixels, seed=seed)).run(
+        oracle, pixels, labels, seed=seed, budget=queries
+    )
+    found = tuple((asked.broken_at > 0).tolist())
+    tried.append(replace(_sent(defence, "square", "black-box", asked.pixels, labels, epsilon, seed), found=found))
+    return tried
+
+
+def _sent(
+    defence: Defence, attack: str, kind: AttackKind, pixels: Pixels, labels: Labels, epsilon: Epsilon, seed: int
+) -> Tried:
+    right = score(defence, pixels, labels, repeats=1, seed=seed, random=False).right
+    name = f"{attack} from the base" if kind == "transfer" else attack
+    return Tried(attack=name, kind=kind, pixels=pixels, right=right, epsilon=epsilon)
