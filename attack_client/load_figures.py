@@ -92,7 +92,7 @@ class _Scale:
         for digits in ((1,), (1, 3), (1, 2, 5), tuple(range(1, 10))):
             if len(within(digits)) >= 3:
                 return within(digits)
-        return [self.low, self.high]
+        return [float(f"{self.low:.3g}"), float(f"{self.high:.3g}")]
 
 
 def _last_of_each_rate(steps: Sequence[LoadStep]) -> list[LoadStep]:
@@ -105,12 +105,12 @@ def _axes(x: _Scale, y: _Scale | None, below: str, beside: str) -> str:
     parts = [f'<line class="axis" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{floor}" y2="{floor}"/>']
     for value in x.ticks():
         parts.append(f'<line class="axis" x1="{x(value):.1f}" x2="{x(value):.1f}" y1="{floor}" y2="{floor + 4}"/>')
-        parts.append(_text(x(value), floor + 17, f"{value:.3g}", "middle"))
+        parts.append(_text(x(value), floor + 17, f"{value:g}", "middle"))
     if y is not None:
         for value in y.ticks():
             at = f'y1="{y(value):.1f}" y2="{y(value):.1f}"'
             parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" {at}/>')
-            parts.append(_text(_LEFT - 7, y(value) + 4, f"{value:.3g}", "end"))
+            parts.append(_text(_LEFT - 7, y(value) + 4, f"{value:g}", "end"))
     middle = (_TOP + floor) / 2
     parts.append(_text((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 8, below, "middle"))
     parts.append(

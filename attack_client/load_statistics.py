@@ -129,11 +129,13 @@ def _milliseconds(seconds: Sequence[float]) -> _Times:
 
 
 def _held(due: Sequence[Sample], seconds: float) -> float:
-    """Requests a second, as they were taken up: the schedule's own, stretched by as much as the generator did."""
-    if len(due) < 2:
+    """Requests a second, as they were taken up: the schedule's own, stretched as the generator did (the slope of a
+    least-squares line, which one late request at the end does not turn)."""
+    if len(due) < 3:
         return len(due) / seconds
-    planned, took = due[-1].due - due[0].due, due[-1].taken - due[0].taken
-    return len(due) / seconds * (planned / took if took > 0 else 1.0)
+    planned, took = np.array([(sample.due, sample.taken) for sample in due]).T
+    planned, took = planned - planned.mean(), took - took.mean()
+    return len(due) / seconds * float(planned @ planned) / float(planned @ took)
 
 
 def _lag(due: Sequence[Sample], latency: Quantiles, cpu_share: float, deviation: float | None) -> GeneratorLag:

@@ -169,7 +169,7 @@ def _notes(plan: LoadPlan, steps: Sequence[LoadStep]) -> list[str]:
         at = f"At {step.set_rate:.4g} requests/s" if step.set_rate else f"With {step.clients} clients"
         if step.generator.limited:
             notes.append(f"{at} the generator, not only the service, was measured: {step.generator.why}.")
-        if step.set_rate and step.sustained and step.waited_share > 0.01:
+        if step.set_rate and step.sustained and step.waited_share > 0.05:
             notes.append(
                 f"{at} {100 * step.waited_share:.0f} % of the requests waited for one of {plan.connections} "
                 "connections; more of them would show more of what the service can do."

@@ -68,8 +68,8 @@ class Histogram:
 class LoadStep:
     """One rate (open model) or one number of clients (closed model), measured for ``seconds`` after the warm-up.
 
-    ``latency`` counts from when a request was due, ``service_time`` from when it was sent; in the closed model they
-    are the same. Both are of answered requests and of those that ran out of time, the latter at the age they had
+    ``latency`` counts from when a request was due, ``service_time`` from when it was sent; in the closed model that
+    is the same moment. Both are of answered requests and of those that ran out of time, the latter at the age they had
     reached: what they would have taken is longer. Refused and failed ones are in ``errors`` only.
     """
 
