@@ -202,7 +202,7 @@ def _held(what: _Livez, rate: float, seconds: float) -> dict[str, Any]:
         "deviation": step.rate_deviation,
         "late_p50": lag.p50,
         "late_p99": lag.p99,
-        "cpu": lag.cpu_share,
+        "cpu_share": lag.cpu_share,
     }
 
 
