@@ -212,6 +212,35 @@ def _order(content: dict[str, Any]) -> Iterator[str]:
     yield from table(["where", "first", "last", "growth"], lines)
 
 
+def _load_agreement(content: dict[str, Any]) -> Iterator[str]:
+    yield f"\nwrk {content['tools']['wrk']}, hey {content['tools']['hey']}; medians of {content['rounds']} rounds of"
+    yield f"{content['seconds']:g} s with {content['connections']} connections (at a rate: one)"
+    yield from table(
+        ["target", "comparison", "p50 ms", "theirs", "ratio", "p99 ms", "theirs", "ratio", "requests/s, ratio"],
+        [
+            [
+                row["target"],
+                row["comparison"],
+                *(f"{row[key][what]:.2f}" for key in ("p50", "p99") for what in ("ours", "theirs", "ratio")),
+                f"{row['rps']['ratio']:.2f}",
+            ]
+            for row in content["agreement"]
+        ],
+    )
+    yield from table(
+        ["rate set", "held to", "late, p50 ms", "share of a core"],
+        [
+            [
+                f"{held['rate']:g}",
+                f"{100 * held['deviation']:+.3f} %",
+                f"{held['late_p50']:.2f}",
+                f"{held['cpu_share']:.2f}",
+            ]
+            for held in content["held"]
+        ],
+    )
+
+
 _Kind = tuple[Callable[[dict[str, Any]], bool], Callable[[dict[str, Any]], Iterator[str]]]
 
 _KINDS: tuple[_Kind, ...] = (
@@ -226,6 +255,7 @@ _KINDS: tuple[_Kind, ...] = (
     (lambda content: "batches" in _rows(content)[0], _imagenet),
     (lambda content: "order" in content, _order),
     (lambda content: "prm_rows" in content, tables_random.prm),
+    (lambda content: "agreement" in content, _load_agreement),
     (lambda content: "gradients" in content, tables_random.pixels),
 )
 

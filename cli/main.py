@@ -14,6 +14,7 @@ from cli.bench import bench
 from cli.build import build
 from cli.demo import demo
 from cli.inspect import inspect
+from cli.load import load
 from cli.predict import predict
 from cli.serve import serve
 from cli.train import train
@@ -38,7 +39,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help: loading rich would cost more than everything else
     pretty_exceptions_enable=False,
 )
-for command in (train, build, verify, serve, predict, attack, bench, demo):
+for command in (train, build, verify, serve, predict, attack, load, bench, demo):
     app.command()(command)
 app.add_typer(inspect, name="inspect")
 
