@@ -162,7 +162,7 @@ def strip(index: int, classes: Sequence[str], **changes: Any) -> Strip:
 
 def curve(kind: str, xs: Sequence[float], names: Sequence[str], *, log_x: bool = False, n: int = 200) -> Curve:
     def points(order: int) -> tuple[Point, ...]:
-        shares = [max(0.0, (0.9 - 0.05 * order) * math.exp(-i / (1.5 + 0.4 * order))) for i in range(len(xs))]
+        shares = [max(0.0, (0.9 - 0.05 * order) * math.exp(-i / (2.5 + 0.4 * order))) for i in range(len(xs))]
         intervals = [wilson_interval(round(share * n), n) for share in shares]
         return tuple(
             Point(x=x, y=round(y * n) / n, low=i.low, high=i.high)
@@ -210,7 +210,7 @@ def synthetic(n: int = 200, **changes: Any) -> Evaluation:
         suite="full",
         defences=(base, *others),
         curves=(
-            curve("epsilon", [0, 1, 2, 4, 8, 16, 32, 64], names),
+            curve("epsilon", [0, 1, 2, 4, 6, 8, 12, 16, 24, 32], names),
             curve("steps", [10, 20, 40, 80, 160], names, log_x=True),
             curve("queries", [0, 100, 1000, 5000], names, log_x=True),
             curve("rounds", list(range(11)), ["rmc", "rmc:scope=tail"]),
@@ -223,19 +223,50 @@ def synthetic(n: int = 200, **changes: Any) -> Evaluation:
     return replace(made, **changes)
 
 
+def load_step(rate: float, slow: float) -> dict[str, Any]:
+    """Of ``LoadSummary.to_json``: what one step of a ramp found."""
+    latency = {"count": 600, "mean": slow, "p50": slow, "p95": 2 * slow, "p99": 4 * slow, "p999": None, "max": 9 * slow}
+    return {
+        "set_rate": rate,
+        "clients": None,
+        "seconds": 12.0,
+        "requests": int(12 * rate),
+        "answered": int(12 * rate) - 3,
+        "errors": {"http 429": 3, "timeout": 0},
+        "sent_rate": rate * 0.998,
+        "rate_deviation": -0.002,
+        "answered_rate": min(rate, 180.0),
+        "goodput_rate": min(rate, 170.0),
+        "goodput_share": min(1.0, 170.0 / rate),
+        "latency": latency,
+        "service_time": latency,
+        "kinds": {"clean": latency, "pgd": latency},
+        "adversarial_to_clean": {"p99": {"value": 1.12, "low": 0.95, "high": 1.31}},
+        "waited_share": 0.0,
+        "generator": {"p50": 0.1, "p99": 0.6, "max": 1.0, "cpu_share": 0.3, "limited": False, "why": ""},
+        "sustained": rate < 160,
+        "histogram": {"edges": [1.0, 2.0], "counts": {"clean": [600]}},
+    }
+
+
 LOAD: dict[str, Any] = {
-    "rate": 50.0,
-    "achieved_rate": 49.93,
-    "seconds": 30.0,
-    "requests": 1500,
-    "p50_ms": 4.25,
-    "p95_ms": 9.5,
-    "p99_ms": 14.0,
-    "p99_9_ms": 41.0,
-    "errors": {"429": 3, "timeout": 0},
-    "adversarial_to_clean_latency": 1.02,
-    "ramp": [{"rate": 50, "p99_ms": 14.0, "goodput": 49.9}, {"rate": 100, "p99_ms": 55.5, "goodput": 87.0}],
-    "knee": None,
+    "schema": 1,
+    "command": "mithridate load http://127.0.0.1:8000 --ramp",
+    "created": "2026-01-02T03:04:05+00:00",
+    "url": "http://127.0.0.1:8000",
+    "service": {"name": "cifar10-resnet20", "digest": "sha256:0123", "arch": "cifar-resnet20", "defense": "rmc"},
+    "traffic": {"source": "cifar10[test,:200]", "images": 200, "attack": "pgd", "adversarial_share": 0.5},
+    "model": "open",
+    "arrivals": "poisson",
+    "objective_ms": 100.0,
+    "connections": 64,
+    "timeout_seconds": 10.0,
+    "warmup_seconds": 2.0,
+    "seed": 0,
+    "environment": {"cores": "2"},
+    "steps": [load_step(rate, slow) for rate, slow in ((50, 4.0), (100, 5.5), (150, 9.0), (200, 60.0))],
+    "knee": {"sustained": 150.0, "saturated": 200.0, "words": "Holds 150 requests a second; 200 are too many."},
+    "notes": ["Service and generator shared two cores."],
 }
 
 HOSTILE = "<script>alert(1)</script> & \"'\x08 \U0001f40d naïve 猫 </style>"

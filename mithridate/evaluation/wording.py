@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+import re
 
 from mithridate.evaluation.findings import DefenceFindings, Gate, Paired, Ruling
 from mithridate.evaluation.statistics import Interval
 
 NOT_MEASURED = "not measured"
 _DASH, _MINUS, _TIMES = "\u2013", "\u2212", "\u00d7"
+
+_UNPRINTABLE = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+"""What neither HTML nor XML 1.0 has a way to say."""
 
 _SAID: dict[Ruling, str] = {
     "base": "The base model, undefended",
@@ -98,3 +102,8 @@ def factor(latency: float) -> str:
     if not math.isfinite(latency):
         return NOT_MEASURED
     return f"{latency:.0f} {_TIMES}" if latency >= 20 else f"{latency:.1f} {_TIMES}"
+
+
+def printable(text: str) -> str:
+    """``text`` with a mark in place of every control character and lone surrogate."""
+    return _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", text)

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from xml.etree import ElementTree
 
 from mithridate.evaluation.findings import DefenceFindings, Evaluation
-from mithridate.evaluation.wording import failed_gates, percent, ruling_in_words, stated_ruling
-
-_NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-"""What XML 1.0 has no way to say."""
+from mithridate.evaluation.wording import failed_gates, percent, printable, ruling_in_words, stated_ruling
 
 
 def junit_xml(evaluation: Evaluation) -> bytes:
@@ -33,22 +29,22 @@ def _suite(found: DefenceFindings, evaluation: Evaluation) -> ElementTree.Elemen
     refused = stated_ruling(found) in ("harmful", "not trustworthy")
     suite = ElementTree.Element(
         "testsuite",
-        name=_safe(found.name),
+        name=printable(found.name),
         tests=str(len(found.gates) + 1),
         failures=str(len(failed_gates(found)) + refused),
         errors="0",
         skipped=str(skipped),
-        timestamp=_safe(evaluation.created),
+        timestamp=printable(evaluation.created),
         time=f"{sum(cell.seconds for cell in found.cells):.3f}",
     )
     for gate in found.gates:
         case = _case(suite, found, f"{gate.id} {gate.name}")
         if gate.passed is None:
-            ElementTree.SubElement(case, "skipped", message=_safe(gate.evidence))
+            ElementTree.SubElement(case, "skipped", message=printable(gate.evidence))
         elif not gate.passed:
             _fail(case, f"gate {gate.id} failed", gate.evidence)
         else:
-            ElementTree.SubElement(case, "system-out").text = _safe(gate.evidence)
+            ElementTree.SubElement(case, "system-out").text = printable(gate.evidence)
     case = _case(suite, found, "ruling")
     ruling = stated_ruling(found)
     worst = sum(found.worst) / len(found.worst) if found.worst else float("nan")
@@ -56,17 +52,15 @@ def _suite(found: DefenceFindings, evaluation: Evaluation) -> ElementTree.Elemen
     if refused:
         _fail(case, ruling, text)
     else:
-        ElementTree.SubElement(case, "system-out").text = _safe(text)
+        ElementTree.SubElement(case, "system-out").text = printable(text)
     return suite
 
 
 def _case(suite: ElementTree.Element, found: DefenceFindings, name: str) -> ElementTree.Element:
-    return ElementTree.SubElement(suite, "testcase", classname=_safe(f"mithridate.{found.name}"), name=_safe(name))
+    return ElementTree.SubElement(
+        suite, "testcase", classname=printable(f"mithridate.{found.name}"), name=printable(name)
+    )
 
 
 def _fail(case: ElementTree.Element, message: str, text: str) -> None:
-    ElementTree.SubElement(case, "failure", message=_safe(message), type="evaluation").text = _safe(text)
-
-
-def _safe(text: str) -> str:
-    return _NOT_XML.sub("\N{REPLACEMENT CHARACTER}", text)
+    ElementTree.SubElement(case, "failure", message=printable(message), type="evaluation").text = printable(text)

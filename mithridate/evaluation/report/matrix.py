@@ -12,6 +12,9 @@ from mithridate.evaluation.wording import number, span
 PRINTED_COLUMNS = 6
 """Defences on one sheet of A4; more are printed as several tables, each with the base model."""
 
+_NAMED = 5
+"""So many attacks are named in a sentence; the others are counted."""
+
 _STOPS = (
     (0.0, (0xFB, 0xFC, 0xFE)),
     (0.25, (0xCF, 0xE0, 0xF1)),
@@ -81,9 +84,13 @@ def attack_names(evaluation: Evaluation) -> list[str]:
     return list(dict.fromkeys(cell.attack for found in evaluation.defences for cell in found.cells))
 
 
-def fallen(found: DefenceFindings) -> list[str]:
-    """The attacks that leave it nothing."""
-    return [cell.attack for cell in found.cells if cell.right and not any(cell.right)]
+def fallen(found: DefenceFindings) -> str:
+    """The attacks that leave it nothing, in words; empty where there are none."""
+    names = [cell.attack for cell in found.cells if cell.right and not any(cell.right)]
+    if len(names) > 1 and len(names) == len(found.cells):
+        return f"every one of {len(names)} attacks"
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def strongest(found: DefenceFindings) -> Cell | None:
@@ -119,7 +126,9 @@ def _matrix(evaluation: Evaluation, defences: Sequence[DefenceFindings]) -> Matr
     for attack in attack_names(evaluation):
         cells = [found.cell(attack) for found in defences]
         kind = next(c.kind for found in evaluation.defences if (c := found.cell(attack)) is not None)
-        rows.append(Row(name=attack, kind=kind, cells=tuple(None if c is None else _cell(c, evaluation) for c in cells)))
+        rows.append(
+            Row(name=attack, kind=kind, cells=tuple(None if c is None else _cell(c, evaluation) for c in cells))
+        )
     return Matrix(
         defences=tuple(defences),
         clean=flags("clean", (found.clean for found in defences)),
@@ -131,11 +140,12 @@ def _matrix(evaluation: Evaluation, defences: Sequence[DefenceFindings]) -> Matr
 def _cell(cell: Cell, evaluation: Evaluation) -> Shown:
     repeated = []
     if cell.repeated is not None:
-        tries = ((f"{m:,} tries", number(share)) for m, share in sorted(cell.repeated.persistent.items()))
+        # One try is what is expected already.
+        tries = [(f"{m:,} tries", number(share)) for m, share in sorted(cell.repeated.persistent.items()) if m > 1]
         repeated = [
             ("expected", number(cell.repeated.expected)),
             ("majority", number(cell.repeated.majority)),
-            *(("1 try", text) if name == "1 tries" else (name, text) for name, text in tries),
+            *tries,
         ]
     return _shown(cell.accuracy, evaluation, tuple(repeated))
 

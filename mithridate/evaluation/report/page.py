@@ -5,13 +5,15 @@ from __future__ import annotations
 import base64
 import binascii
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from mithridate.evaluation import wording
-from mithridate.evaluation.findings import Cell, DefenceFindings, Evaluation, Gate, Share
+from mithridate.evaluation.findings import Cell, Evaluation, Share
 from mithridate.evaluation.report import matrix, threats, verdicts
 from mithridate.evaluation.report.load_section import service_section
 from mithridate.evaluation.report.plots import panels
@@ -35,7 +37,8 @@ def render(evaluation: Evaluation) -> str:
     environment.globals.update({name: getattr(verdicts, name) for name in ("difference_bar", "standing_bars")})
     environment.globals.update({name: getattr(matrix, name) for name in ("fallen", "strongest", "heat")})
     environment.globals.update(applied_gates=wording.applied_gates, share_of=_share_of, is_small=_is_small)
-    return environment.get_template("page.html.jinja").render(_content(evaluation))
+    environment.filters["breakable"] = _breakable
+    return wording.printable(environment.get_template("page.html.jinja").render(_content(evaluation)))
 
 
 def _content(evaluation: Evaluation) -> dict[str, Any]:
@@ -58,6 +61,12 @@ def _content(evaluation: Evaluation) -> dict[str, Any]:
         "service": service_section(evaluation.service) if evaluation.service else None,
         "duration": _duration(evaluation.seconds),
     }
+
+
+def _breakable(name: str) -> Markup:
+    """A defence's name, which may be broken after its signs rather than anywhere."""
+    pieces = re.split(r"(?<=[:+,=/_])(?=[^:+,=/_])", name)
+    return Markup("<wbr>").join(pieces)
 
 
 def _share_of(right: tuple[bool, ...]) -> Share:
@@ -104,13 +113,28 @@ def _range(values: list[int] | list[float]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def _gates(evaluation: Evaluation) -> list[tuple[str, str, list[tuple[DefenceFindings, Gate | None]]]]:
-    """Each gate's id and name, and what it said of every defence."""
+@dataclass(frozen=True, kw_only=True)
+class _Result:
+    """What a check said of some defences: of all of them the same."""
+
+    defences: tuple[str, ...]
+    passed: bool | None
+    evidence: str
+
+
+def _gates(evaluation: Evaluation) -> list[tuple[str, str, list[_Result]]]:
+    """Each check's id and name, and its results, failures first."""
     names = {gate.id: gate.name for found in evaluation.defences for gate in found.gates}
-    return [
-        (id_, name, [(found, next((g for g in found.gates if g.id == id_), None)) for found in evaluation.defences])
-        for id_, name in names.items()
-    ]
+    made = []
+    for id_, name in names.items():
+        said: dict[tuple[bool | None, str], list[str]] = {}
+        for found in evaluation.defences:
+            for gate in found.gates:
+                if gate.id == id_:
+                    said.setdefault((gate.passed, gate.evidence), []).append(found.name)
+        results = [_Result(defences=tuple(who), passed=key[0], evidence=key[1]) for key, who in said.items()]
+        made.append((id_, name, sorted(results, key=lambda result: result.passed is not False)))
+    return made
 
 
 def _is_small(image: str) -> bool:

@@ -73,7 +73,7 @@ def _panel(curve: Curve, looks: dict[str, int], *, share: bool) -> Panel:
     frame = _Frame(x=_scale(xs, log=curve.log_x), top=1.0 if share else _nice(highest), share=share)
     said = percent if share else _short
     ends = {name: frame.y(points[-1].y) for name, points in curve.series.items()}
-    labels = place({name: (y, wrap(name, 18)) for name, y in ends.items()}, low=_TOP + 6, high=HEIGHT - _BOTTOM)
+    labels = place({name: (y, wrap(name, 15)) for name, y in ends.items()}, low=_TOP + 6, high=HEIGHT - _BOTTOM)
     parts = [_axes(curve, frame, xs)]
     parts += [_band(points, looks[name], frame) for name, points in curve.series.items()]
     parts += [_line(name, points, looks[name], frame, said) for name, points in curve.series.items()]
