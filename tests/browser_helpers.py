@@ -7,10 +7,20 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any, Self
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+
+_HAND_OVER = """
+import os, sys
+copies = [os.dup2(int(number), 100 + place) for place, number in enumerate(sys.argv[1:3])]
+for copy, wanted in zip(copies, (3, 4)):
+    os.dup2(copy, wanted)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
+"""The browser wants its pipes under these numbers, which may be taken by the pipes themselves."""
 
 
 def find_browser() -> str | None:
@@ -28,16 +38,9 @@ class Browser:
         flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
         command = [binary, *flags, "--remote-debugging-pipe", f"--user-data-dir={profile}", "about:blank"]
 
-        def hand_over() -> None:
-            # Numbers far from 3 and 4 first: one of ours may be what the other is to become.
-            copies = [os.dup2(theirs_in, 103), os.dup2(theirs_out, 104)]
-            for copy, wanted in zip(copies, (3, 4), strict=True):
-                os.dup2(copy, wanted, inheritable=True)
-
         self._process = subprocess.Popen(
-            command,
-            preexec_fn=hand_over,
-            close_fds=False,
+            [sys.executable, "-c", _HAND_OVER, str(theirs_in), str(theirs_out), *command],
+            pass_fds=(theirs_in, theirs_out),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

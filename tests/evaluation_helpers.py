@@ -165,7 +165,7 @@ def curve(kind: str, xs: Sequence[float], names: Sequence[str], *, log_x: bool =
         shares = [max(0.0, (0.9 - 0.05 * order) * math.exp(-i / (2.5 + 0.4 * order))) for i in range(len(xs))]
         intervals = [wilson_interval(round(share * n), n) for share in shares]
         return tuple(
-            Point(x=x, y=round(y * n) / n, low=i.low, high=i.high)
+            Point(x=float(x), y=round(y * n) / n, low=i.low, high=i.high)
             for x, y, i in zip(xs, shares, intervals, strict=True)
         )
 
@@ -296,8 +296,8 @@ def ugly(n: int = 50, defences: int = 20, attacks: int = 20) -> Evaluation:
         title=HOSTILE,
         series={
             "none": (),
-            LONG: (Point(x=1, y=math.nan, low=math.nan, high=math.nan),),
-            "one": (Point(x=0, y=1, low=0, high=1),),
+            LONG: (Point(x=1.0, y=math.nan, low=math.nan, high=math.nan),),
+            "one": (Point(x=0.0, y=1.0, low=0.0, high=1.0),),
         },
     )
     return synthetic(

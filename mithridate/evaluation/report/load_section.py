@@ -58,9 +58,9 @@ def _facts(content: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]
         name = f"{prefix}{_WORDS.get(str(key), str(key).replace('_', ' '))}"
         if isinstance(value, Mapping):
             found += _facts(value, f"{name}: ")
-        elif _list(value):
-            found.append((name, ", ".join(_text(inner) for inner in value)))
-        elif _text(value):
+        elif texts := [text for inner in _list(value) if (text := _text(inner))]:
+            found.append((name, ", ".join(texts)))
+        elif not _list(value) and _text(value):
             found.append((name, _text(value)))
     return found
 
