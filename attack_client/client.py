@@ -21,6 +21,7 @@ import httpx2
 
 from attack_client.answers import Answer, BundleDescription, Defenses, parse_answer
 from mithridate.errors import InputError, MithridateError, OptionError
+from mithridate.evaluation.card import Card
 
 _TRY_AGAIN = frozenset({429, 503})
 _SENT_NOTHING = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout)
@@ -173,6 +174,11 @@ class Client:
         defenses: Defenses = parse_answer(self._send(_Call(method="GET", path="/v1/defenses")), Defenses, self.url)
         return defenses
 
+    def card(self) -> Card:
+        """What the bundle was found to be worth. Raises ServiceError, 404, where it was not evaluated."""
+        card: Card = parse_answer(self._send(_Call(method="GET", path="/v1/card")), Card, self.url)
+        return card
+
     def wait_until_ready(self, timeout_seconds: float = 60.0) -> None:
         """Returns once the service is ready. Raises InputError where it is not in time."""
         deadline = time.monotonic() + timeout_seconds
@@ -259,6 +265,11 @@ class AsyncClient:
         content = await self._send(_Call(method="GET", path="/v1/defenses"))
         defenses: Defenses = parse_answer(content, Defenses, self.url)
         return defenses
+
+    async def card(self) -> Card:
+        """What the bundle was found to be worth. Raises ServiceError, 404, where it was not evaluated."""
+        card: Card = parse_answer(await self._send(_Call(method="GET", path="/v1/card")), Card, self.url)
+        return card
 
     async def wait_until_ready(self, timeout_seconds: float = 60.0) -> None:
         """Returns once the service is ready. Raises InputError where it is not in time."""

@@ -20,6 +20,7 @@ def verify(
     from mithridate.bundle import Bundle
     from mithridate.defenses import Resources
     from mithridate.errors import BundleError, ModelError
+    from mithridate.evaluation.card import read_card, summary
     from mithridate.models import is_factory
 
     opened = Bundle.open(bundle, verify=False)
@@ -32,8 +33,10 @@ def verify(
                 Resources.load(opened, allow_factory=arch)
         except (BundleError, ModelError) as error:
             problems.append(str(error))
+    card = None if problems else read_card(bundle, opened.digest)
     if as_json:
-        print_json({"bundle": str(bundle), "digest": opened.digest, "problems": problems})
+        found = card.model_dump(mode="json") if card else None
+        print_json({"bundle": str(bundle), "digest": opened.digest, "problems": problems, "card": found})
     elif problems:
         print_table(f"{bundle} is damaged", ["problem"], [[problem] for problem in problems])
     else:
@@ -59,6 +62,7 @@ def verify(
                     else []
                 ),
                 *accuracies,
+                ["card", summary(card) if card else "none: not evaluated"],
             ],
         )
     if problems:

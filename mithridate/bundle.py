@@ -26,6 +26,7 @@ from pydantic import (
 
 from mithridate.datasets import LabelledImages
 from mithridate.errors import BundleError, OptionError
+from mithridate.evaluation.card import CARD, read_card
 from mithridate.exemplars import CLEAN, ExemplarStore, Layout
 from mithridate.models import PRM, Classifier, is_factory, load_classifier, load_prm
 from mithridate.neighbors import NeighborIndex
@@ -41,7 +42,6 @@ FEATURES = "features.npy"
 ACTIVATIONS = "activations.npy"
 INDEX = "index.faiss"
 PRM_FILE = "prm-{}.safetensors"
-CARD = "card.json"
 
 
 class _Frozen(BaseModel):
@@ -194,10 +194,11 @@ class Bundle:
         present = {file.relative_to(self.path).as_posix() for file in self.path.rglob("*") if file.is_file()}
         for name in sorted(present - set(listed) - {MANIFEST, CARD, TUNING}):
             yield f"{name} is not listed in the manifest"
-        try:
-            read_tuning(self.path, self.digest)
-        except BundleError as error:
-            yield str(error)
+        for read in (read_tuning, read_card):
+            try:
+                read(self.path, self.digest)
+            except BundleError as error:
+                yield str(error)
 
     def classifier(self, *, allow_factory: str | None = None) -> Classifier:
         """The base model. ``allow_factory`` must repeat the name where the network is a user's own code."""

@@ -18,6 +18,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from mithridate import __version__
 from mithridate.defenses import Defence
 from mithridate.errors import BudgetExceededError, MithridateError
+from mithridate.evaluation.card import Card
 from service import problems
 from service.batching import Answer, EngineStoppedError
 from service.engine import Engine
@@ -225,6 +226,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"content": {problems.MEDIA_TYPE: {"schema": ProblemDocument.model_json_schema()}}, "description": text}
     for status, text in {
         400: "malformed body or image",
+        404: "there is none",
         413: "too many bytes, pixels or images",
         415: "not an image type that is taken",
         422: "well-formed, but not usable",
@@ -233,6 +235,8 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         504: "no answer within the deadline",
     }.items()
 }
+
+_PREDICT_ERRORS = {status: error for status, error in _ERRORS.items() if status != 404}
 
 _BINARY = {"type": "string", "format": "binary"}
 _MULTIPART = {"type": "object", "properties": {"images": {"type": "array", "items": _BINARY}}, "required": ["images"]}
@@ -249,7 +253,9 @@ _BODY = {
 
 
 def _add_predict(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/predict", responses=_ERRORS, openapi_extra=_BODY, tags=["predict"], response_model_by_alias=True)
+    @app.post(
+        "/v1/predict", responses=_PREDICT_ERRORS, openapi_extra=_BODY, tags=["predict"], response_model_by_alias=True
+    )
     async def predict(request: Request, options: Annotated[PredictOptions, Query()]) -> PredictResponse:
         """Classifies images sent as a raw body, as multipart parts named `images`, or as JSON with base64."""
         return await service.predict(request, options)
@@ -271,6 +277,14 @@ def _add_descriptions(app: FastAPI, service: Service) -> None:
             for name, text in loaded.descriptions.items()
         ]
         return DefensesResponse(default=loaded.default, defenses=listed)
+
+    @app.get("/v1/card", tags=["describe"], responses={status: _ERRORS[status] for status in (404, 503)})
+    async def card() -> Card:
+        """What the bundle's defences were found to be worth when it was evaluated."""
+        found = service.require_loaded().card
+        if found is None:
+            raise Problem(404, "this bundle has no card: it was not evaluated")
+        return found.model_copy(update={"command": None})  # it names files: those are for the operator
 
 
 def _add_health(app: FastAPI, service: Service) -> None:

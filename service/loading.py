@@ -21,6 +21,7 @@ from mithridate.defenses import (
 )
 from mithridate.devices import resolve_device, use_threads
 from mithridate.errors import MithridateError, OptionError
+from mithridate.evaluation.card import Card, read_card, warning
 from mithridate.types import to_images
 from service.settings import ALL, Settings
 
@@ -34,7 +35,8 @@ _REPEATS, _SECONDS, _LONG = 9, 0.5, 5.0
 class Loaded:
     """A verified bundle and its defences, by canonical name; ``default`` is one of them.
 
-    ``costs``: what an image takes, relative to the undefended model, None where that was not measured.
+    ``costs``: what an image takes, relative to the undefended model, None where that was not measured. ``card``: what
+    an evaluation of this bundle found, None where there was none.
     """
 
     bundle: Bundle
@@ -43,6 +45,7 @@ class Loaded:
     descriptions: dict[str, str]
     costs: dict[str, float | None]
     default: str
+    card: Card | None = None
 
     def defence(self, text: str | None) -> Defence:
         """The defence a request names, or the default. Raises OptionError where it is not offered."""
@@ -68,14 +71,24 @@ def load(settings: Settings) -> Loaded:
         if getattr(defence, "offline", False):
             raise OptionError(f"{text} is for offline comparison only and cannot be served; leave it out of --offer")
     defences = {defence.name: defence for defence in made.values()}
+    card, default = read_card(bundle.path, bundle.digest), made[settings.defense].name
+    _say_what_it_is_worth(card, default)
     return Loaded(
         bundle=bundle,
         resources=resources,
         defences=defences,
         descriptions={name: describe_defence(defence) for name, defence in defences.items()},
         costs=_warm(resources, defences),
-        default=made[settings.defense].name,
+        default=default,
+        card=card,
     )
+
+
+def _say_what_it_is_worth(card: Card | None, default: str) -> None:
+    """Once, to the operator; gently where nobody has measured."""
+    said = warning(card, default)
+    if said is not None:
+        logger.log(logging.INFO if card is None else logging.WARNING, said)
 
 
 def _warm(resources: Resources, defences: dict[str, Defence]) -> dict[str, float | None]:

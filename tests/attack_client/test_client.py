@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import socket
 import threading
 import time
@@ -15,11 +16,13 @@ from typing import Any
 import httpx2
 import pytest
 from client_helpers import FakeService, answer, closed_port, listening
+from evaluation_helpers import synthetic
 
 from attack_client import Answer, AsyncClient, Client, RetryPolicy, ServiceError
 from attack_client.answers import parse_answer
 from mithridate.bundle import Bundle
 from mithridate.errors import InputError, MithridateError, OptionError
+from mithridate.evaluation.card import make_card, write_card
 from service.app import create_app
 from service.settings import load_settings
 
@@ -106,6 +109,23 @@ def test_who_is_served(served: str, digits_bundle: Path) -> None:
     assert bundle.classes == tuple("0123456789")
     assert defenses.default == "rmc"
     assert defenses.names == ("rmc", "none", "webnn", "deepnn")
+
+
+def test_what_it_is_worth(served: str, digits_bundle: Path, tmp_path: Path) -> None:
+    with Client(served) as client, pytest.raises(ServiceError, match="not evaluated") as raised:
+        client.card()
+    assert raised.value.status == 404
+    bundle = tmp_path / "bundle"
+    shutil.copytree(digits_bundle, bundle)
+    write_card(bundle, make_card(synthetic(bundle={"digest": Bundle.open(bundle).digest})))
+    with listening(create_app(load_settings(bundle=bundle, offer=("none",), defense="none")), lifespan="on") as url:
+        with Client(url) as client:
+            client.wait_until_ready()
+            card = client.card()
+        assert with_async(url, AsyncClient.card) == card
+    entry = card.defense("rmc:scope=tail")
+    assert entry is not None
+    assert entry.ruling == "harmful"
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from evaluation_helpers import synthetic
 from starlette.testclient import TestClient
 
+from mithridate.bundle import Bundle
 from mithridate.datasets import LabelledImages
+from mithridate.evaluation.card import make_card, write_card
 from mithridate.images import encode_png
 from service.app import create_app
 from service.settings import load_settings
@@ -108,6 +111,19 @@ def test_verify_tells_whole_from_damaged(mithridate: Callable, digits_bundle: Pa
     assert result.code == 1
     problems = json.loads(result.out)["problems"]
     assert [problem.split()[0] for problem in problems] == ["index.faiss", "labels.npy"]
+
+
+def test_verify_names_the_verdict(mithridate: Callable, digits_bundle: Path, tmp_path: Path) -> None:
+    assert json.loads(mithridate("verify", digits_bundle, "--json").out)["card"] is None
+    assert "not evaluated" in mithridate("verify", digits_bundle).out
+    bundle = tmp_path / "bundle"
+    shutil.copytree(digits_bundle, bundle)
+    write_card(bundle, make_card(synthetic(bundle={"digest": Bundle.open(bundle).digest})))
+    assert "rmc:scope=tail: harmful" in " ".join(mithridate("verify", bundle).out.split())
+    write_card(bundle, make_card(synthetic()))
+    result = mithridate("verify", bundle)
+    assert result.code == 1
+    assert "another bundle" in result.out
 
 
 def test_predict_answers_as_the_service_does(

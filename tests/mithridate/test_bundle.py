@@ -140,9 +140,9 @@ def test_an_extra_file_is_named(copy: Path, name: str) -> None:
     refused(copy, f"{name} is not listed in the manifest")
 
 
-def test_the_card_may_be_added(copy: Path) -> None:
+def test_a_card_that_is_none_is_named(copy: Path) -> None:
     (copy / "card.json").write_text("{}")
-    assert list(Bundle.open(copy).problems()) == []
+    refused(copy, "card.json is not a valid card", "remove it or run mithridate evaluate again")
 
 
 @pytest.mark.parametrize("path", ["", "none", "bundle/labels.npy"])
