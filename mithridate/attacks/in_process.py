@@ -15,7 +15,7 @@ from mithridate.types import Pixels, to_images
 class InProcessOracle:
     """``defence`` behind the least that a client sees of it.
 
-    What is asked together is answered in calls of ``images_a_call``, in order; a service asked in the same way gives the
+    What is asked together is answered in calls of ``images_a_call``, in order; a service asked that way gives the
     same answers. ``seed`` draws the randomness of the defence: secret, as the service's, unless given.
     """
 

@@ -36,6 +36,19 @@ def answers_from_scores(scores: Scores, track: Track) -> Answers:
     return Answers(labels=seen.argmax(1), scores=seen if track == "scores" else None)
 
 
+def occurrences(rows: torch.Tensor) -> torch.Tensor:
+    """``[R]``: how many of the same row come before.
+
+    >>> occurrences(torch.tensor([7, 3, 7, 7])).tolist()
+    [0, 0, 1, 2]
+    """
+    order = rows.argsort(stable=True)
+    ordered = rows[order]
+    before = torch.empty_like(rows)
+    before[order] = torch.arange(len(rows)) - torch.searchsorted(ordered, ordered)
+    return before
+
+
 class Oracle(Protocol):
     """Answers queries. Not differentiable, and nothing else about the defence is known."""
 
