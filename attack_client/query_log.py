@@ -58,7 +58,11 @@ class QueryLog:
         except OSError as error:
             self._file.close()
             raise InputError(f"{path} is in use: another client goes on with the same attack") from error
-        self._read()
+        try:
+            self._read()
+        except BaseException:
+            self._file.close()
+            raise
 
     def __enter__(self) -> Self:
         return self
