@@ -67,6 +67,7 @@ class CampaignPlan:
             "surrogate": None if self.surrogate is None else self.surrogate.source,
             "transfer": list(self.attacks),
             "black_box": [] if asked is None else list(asked.attacks),
+            "black_box_epsilon": None if asked is None else str(asked.epsilon),
             "queries": None if asked is None else asked.queries,
             "track": None if asked is None else asked.track,
             "images_a_request": None if asked is None else asked.images_a_request,

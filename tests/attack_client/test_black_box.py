@@ -28,7 +28,7 @@ from mithridate.images import decode_image
 from mithridate.types import Epsilon
 
 EPSILON = Epsilon(48)
-BUDGET = 25
+BUDGET = 16
 
 
 @pytest.fixture(scope="module")
