@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import email.utils
 import json
-import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
@@ -20,6 +18,7 @@ from typing import Any, Self
 import httpx2
 
 from attack_client.answers import Answer, BundleDescription, Defenses, parse_answer
+from attack_client.retry import RetryPolicy
 from mithridate.errors import InputError, MithridateError, OptionError
 from mithridate.evaluation.card import Card
 
@@ -37,36 +36,8 @@ class ServiceError(MithridateError):
         self.request_id = request_id
 
 
-@dataclass(frozen=True, kw_only=True)
-class RetryPolicy:
-    """After 429, 503 or no connection: ``attempts`` in all, waiting as long as the service asks.
-
-    Where it does not say, ``base_seconds`` doubled each time, with full jitter, at most ``cap_seconds``.
-    """
-
-    attempts: int = 5
-    base_seconds: float = 0.1
-    cap_seconds: float = 10.0
-    rng: random.Random = field(default_factory=random.Random)
-
-    def wait(self, attempt: int, retry_after: str | None) -> float:
-        """Seconds to wait before attempt number ``attempt`` (the first retry is 2)."""
-        asked = _seconds(retry_after)
-        if asked is not None:
-            return min(asked, self.cap_seconds)
-        return self.rng.uniform(0, min(self.cap_seconds, self.base_seconds * 2 ** (attempt - 1)))
-
-
-def _seconds(retry_after: str | None) -> float | None:
-    """``Retry-After`` in either form: seconds or a date."""
-    if retry_after is None:
-        return None
-    if retry_after.strip().isdecimal():
-        return float(retry_after)
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time())
-    except (ValueError, OverflowError):
-        return None
+class LostAnswerError(InputError):
+    """The request went out and no answer came back: whether the service worked on it, nobody knows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,10 +219,14 @@ class AsyncClient:
         top_k: int | None = None,
         explain: bool | None = None,
         deadline_ms: float | None = None,
+        on_retry: Callable[[], None] = lambda: None,
     ) -> Answer:
-        """Classifies one encoded image, or several in one request; errors as the synchronous client's."""
+        """Classifies one encoded image, or several in one request; errors as the synchronous client's.
+
+        ``on_retry`` is called each time before the same request is sent again.
+        """
         options = {"defense": defense, "top_k": top_k, "explain": explain, "deadline_ms": deadline_ms}
-        answer: Answer = parse_answer(await self._send(_predict_call(images, options)), Answer, self.url)
+        answer: Answer = parse_answer(await self._send(_predict_call(images, options), on_retry), Answer, self.url)
         return answer
 
     async def bundle(self) -> BundleDescription:
@@ -285,7 +260,7 @@ class AsyncClient:
                 raise InputError(f"{self.url} was not ready within {timeout_seconds:g} s")
             await asyncio.sleep(0.05)
 
-    async def _send(self, call: _Call) -> bytes:
+    async def _send(self, call: _Call, on_retry: Callable[[], None] = lambda: None) -> bytes:
         for attempt in range(1, self._retry.attempts + 1):
             last = attempt == self._retry.attempts
             try:
@@ -296,14 +271,15 @@ class AsyncClient:
                 if last or not isinstance(error, _SENT_NOTHING):
                     raise _unreachable(self.url, error) from error
                 await asyncio.sleep(self._retry.wait(attempt + 1, None))
+                on_retry()
                 continue
             if last or response.status_code not in _TRY_AGAIN:
                 return _check(response)
             await asyncio.sleep(self._retry.wait(attempt + 1, response.headers.get("Retry-After")))
+            on_retry()
         raise OptionError(f"attempts={self._retry.attempts} is out of range; allowed: from 1")
 
 
 def _unreachable(url: str, error: httpx2.RequestError) -> InputError:
-    return InputError(
-        f"{url} does not answer ({type(error).__name__}: {error or 'no details'}); is the service running?"
-    )
+    kind = InputError if isinstance(error, _SENT_NOTHING) else LostAnswerError
+    return kind(f"{url} does not answer ({type(error).__name__}: {error or 'no details'}); is the service running?")

@@ -29,7 +29,10 @@ class Shot:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What came of a shot: the class it was given, or the error; ``latency_ms`` from when it was due."""
+    """What came of a shot: the class it was given, or the error; ``latency_ms`` from when it was due.
+
+    ``abstained``: the defence does not stand by that class.
+    """
 
     image: int
     kind: str
@@ -39,6 +42,7 @@ class Outcome:
     error: str | None
     latency_ms: float
     service_ms: float | None
+    abstained: bool = False
 
 
 async def fire(
@@ -73,10 +77,12 @@ async def fire(
 
 async def _send(client: AsyncClient, shot: Shot, due: float) -> Outcome:
     class_index = label = error = service_ms = None
+    abstained = False
     try:
         answer = await client.predict(shot.content, defense=shot.defense)
         first = answer.predictions[0]
         class_index, label, service_ms = first.class_index, first.label, answer.timings_ms.get("total")
+        abstained = first.abstained
     except ServiceError as problem:
         error = f"http {problem.status}"
     except MithridateError as problem:
@@ -90,4 +96,5 @@ async def _send(client: AsyncClient, shot: Shot, due: float) -> Outcome:
         error=error,
         latency_ms=1000 * (time.perf_counter() - due),
         service_ms=service_ms,
+        abstained=abstained,
     )

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from random import Random
 from typing import Any
 
 import uvicorn
@@ -56,7 +57,8 @@ def answer(label: str = "0", class_index: int = 0, **more: Any) -> dict[str, Any
 
 class FakeService:
     """Speaks the API without a model. It says of every image that it is ``label``, after ``seconds`` of work, one
-    request at a time; every ``fails_every``-th request gets a 500 instead."""
+    request at a time; every ``fails_every``-th request gets a 500 instead, and every one with several images if
+    ``fails_together``. It ``abstains`` from all answers; a share ``random`` of them is another class."""
 
     def __init__(
         self,
@@ -64,12 +66,20 @@ class FakeService:
         label: str = "0",
         seconds: float = 0,
         fails_every: int = 0,
+        fails_together: bool = False,
+        abstains: bool = False,
+        random: float = 0.0,
         defenses: tuple[str, ...] = ("none", "rmc"),
         arch: str = "fake",
     ) -> None:
+        self.images = 0
         self._label = label
         self._seconds = seconds
         self._fails_every = fails_every
+        self._fails_together = fails_together
+        self._abstains = abstains
+        self._random = random
+        self._draws = Random(0)
         self._described = {
             "/readyz": {"status": "ready"},
             "/v1/bundle": {
@@ -88,16 +98,33 @@ class FakeService:
         self._work = asyncio.Lock()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        while (await receive()).get("more_body"):
-            pass
+        body, more = b"", True
+        while more:
+            message = await receive()
+            body, more = body + message.get("body", b""), message.get("more_body", False)
         status, content = 200, self._described.get(scope["path"])
         if content is None:
             async with self._work:
                 await asyncio.sleep(self._seconds)
-            if self._fails_every and next(self._numbers) % self._fails_every == 0:
+            together = body.startswith(b"{")
+            if (self._fails_together and together) or (
+                self._fails_every and next(self._numbers) % self._fails_every == 0
+            ):
                 status, content = 500, {"detail": "a bad day", "request_id": "r"}
             else:
-                content = answer(self._label)
+                content = self._answer(json.loads(body) if together else {"images": [body], "top_k": 1})
         headers = [(b"content-type", b"application/json")]
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": json.dumps(content).encode()})
+
+    def _answer(self, asked: dict[str, Any]) -> dict[str, Any]:
+        """0.9 for the class it names, the rest for the others."""
+        images = []
+        for _ in asked["images"]:
+            index = 1 if self._draws.random() < self._random else 0
+            (image,) = answer(self._label if index == 0 else DIGITS[index], index)["predictions"]
+            others = [c for c in range(10) if c != index][: asked["top_k"] - 1]
+            top = [image["top"][0], *({"label": DIGITS[c], "class_index": c, "confidence": 0.01} for c in others)]
+            images.append({**image, "top": top, "abstained": self._abstains})
+        self.images += len(images)
+        return {**answer(), "predictions": images}

@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 from client_helpers import FakeService, closed_port, listening
 
-from attack_client.campaign import CampaignPlan, CampaignResult, run_campaign, write_results
+from attack_client.campaign import run_campaign
 from attack_client.client import AsyncClient
 from attack_client.load import Outcome, Shot, fire
+from attack_client.plan import CampaignPlan
 from attack_client.report import write_html
+from attack_client.results import CampaignResult, write_results
 from attack_client.transfer import Surrogate, load_surrogate
 from mithridate.datasets import LabelledImages, load_dataset
 from mithridate.errors import InputError, OptionError

@@ -22,6 +22,7 @@ from mithridate.images import encode_png
 from service.app import create_app
 from service.settings import load_settings
 
+BLACK_BOX = ("attack", "http://127.0.0.1:9", "--dataset", "digits[test,:4]", "--out", "OUT", "--attack")
 VERBS = ("train", "build", "verify", "serve", "predict", "attack", "bench", "demo", "inspect")
 
 
@@ -78,6 +79,14 @@ def test_version(mithridate: Callable) -> None:
         (("attack", "http://127.0.0.1:9", "--dataset", "digits", "--out", "OUT"), "--model"),
         (("attack", "127.0.0.1:9", "--dataset", "digits[:4]", "--out", "OUT", "--bundle", "BUNDLE"), "http://"),
         (("attack", "http://h", "--dataset", "digits", "--out", "OUT", "--bundle", "BUNDLE", "--rate", "0"), "rate"),
+        ((*BLACK_BOX, "square", "--queries", "0"), "queries 0 is out of range"),
+        ((*BLACK_BOX, "square", "--track", "labels"), "square needs scores"),
+        ((*BLACK_BOX, "square", "--track", "logits"), "allowed: scores, labels"),
+        ((*BLACK_BOX, "square", "--bundle", "BUNDLE"), "uses no model"),
+        ((*BLACK_BOX, "pgd5"), "--model"),
+        ((*BLACK_BOX, "sqare"), "square"),
+        ((*BLACK_BOX, "square", "--fail-under", "101"), "fail-under"),
+        ((*BLACK_BOX, "square", "--timeout", "0.2"), "not ready"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(
