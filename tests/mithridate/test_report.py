@@ -302,7 +302,7 @@ def test_no_checks_are_said_to_be_none() -> None:
 def test_nobody_attacked_and_nothing_was_measured() -> None:
     base = findings("none", 1.0, "base", (), None, attacks={})
     page = Page(render(synthetic(20, images=0, defences=(base,), labels=(), curves=(), strips=())))
-    assert "not measured" in page.text
+    assert "Only the base model was evaluated." in page.text
 
 
 @pytest.mark.parametrize("service", [{"p50": 1}, {"steps": "x", "knee": 3, "notes": 7}, {"steps": [{}, 1, None]}])
