@@ -13,6 +13,7 @@ from cli.attack import attack
 from cli.bench import bench
 from cli.build import build
 from cli.demo import demo
+from cli.evaluate import evaluate
 from cli.inspect import inspect
 from cli.load import load
 from cli.predict import predict
@@ -39,7 +40,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help: loading rich would cost more than everything else
     pretty_exceptions_enable=False,
 )
-for command in (train, build, verify, serve, predict, attack, load, bench, demo):
+for command in (train, build, verify, serve, predict, attack, evaluate, load, bench, demo):
     app.command()(command)
 app.add_typer(inspect, name="inspect")
 

@@ -111,6 +111,8 @@ class DefenceFindings:
     ruling: Ruling
     reasons: tuple[str, ...]
     """In words, why ``ruling``: one line each."""
+    worst_repeated: Repeated | None = None
+    """A random defence asked many times for the worst point of each image."""
 
     def cell(self, attack: str) -> Cell | None:
         """That attack's, if it was run."""

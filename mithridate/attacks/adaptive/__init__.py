@@ -8,6 +8,7 @@ from mithridate.attacks.adaptive.cost import CostAttack
 from mithridate.attacks.adaptive.hijack import Hijack
 from mithridate.attacks.adaptive.rounds import FPA, GMSA, LockStep
 from mithridate.attacks.adaptive.simulation import AdaptiveAttack, Found, Simulation
+from mithridate.attacks.adaptive.through import ThroughSurrogate
 
 __all__ = [
     "FPA",
@@ -19,5 +20,6 @@ __all__ = [
     "Hijack",
     "LockStep",
     "Simulation",
+    "ThroughSurrogate",
     "contaminate",
 ]

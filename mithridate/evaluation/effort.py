@@ -1,0 +1,84 @@
+"""How hard an evaluation tries, and by how much less where a defence is too slow for that."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, replace
+
+import torch
+
+from mithridate.defenses.base import Budget, Defence
+from mithridate.errors import OptionError
+from mithridate.types import Pixels, to_images
+
+_TIMED = 16
+"""Images that an answer and a gradient are timed on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effort:
+    """``rounds`` of ``steps`` for FPA and GMSA (and twice the steps for lock-step and hijack), ``queries`` an image for
+    black-box attacks, ``repeats`` answers of a random defence for its score and ``checks`` before an attacker believes
+    that one is misread, ``probed`` images for the gates, ``curve`` images for accuracy against epsilon. ``seconds`` is
+    what one attack on one defence may take; what would take longer is made smaller, and the report says so.
+    """
+
+    rounds: int = 10
+    steps: int = 40
+    queries: int = 1000
+    repeats: int = 20
+    checks: int = 3
+    probed: int = 50
+    curve: int = 50
+    seconds: float = 1200.0
+
+    def __post_init__(self) -> None:
+        limits = {"rounds": (1, 1000), "steps": (10, 10_000), "queries": (1, 1_000_000), "repeats": (1, 1000)}
+        limits |= {"checks": (1, 100), "probed": (5, 100_000), "curve": (0, 100_000)}
+        for name, (low, high) in limits.items():
+            if not low <= getattr(self, name) <= high:
+                raise OptionError(f"{name} {getattr(self, name)} is out of range; allowed: {low} to {high}")
+        if not self.seconds > 0:
+            raise OptionError(f"seconds {self.seconds:g} is out of range; allowed: above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """Seconds an image: of an ``answer``, and of one gradient ``step`` through the surrogate."""
+
+    answer: float
+    step: float
+
+    def fit(self, effort: Effort, images: int) -> tuple[Effort, tuple[str, ...]]:
+        """The effort that ``images`` still standing allow, and what had to be made smaller."""
+        wanted = (effort.rounds + 1) * (effort.steps * self.step + 2 * self.answer) * images
+        notes, fitted = [], effort
+        if wanted > effort.seconds:
+            share = math.sqrt(effort.seconds / wanted)
+            rounds, steps = max(2, round(effort.rounds * share)), max(10, round(effort.steps * share))
+            fitted = replace(fitted, rounds=min(rounds, effort.rounds), steps=min(steps, effort.steps))
+            notes.append(f"{fitted.rounds} rounds of {fitted.steps} steps instead of {effort.rounds} of {effort.steps}")
+        asked = effort.queries * self.answer * images
+        if asked > effort.seconds:
+            fitted = replace(fitted, queries=max(20, round(effort.queries * effort.seconds / asked)))
+            notes.append(f"{fitted.queries} queries an image instead of {effort.queries}")
+        probing = 40 * 14 * self.step * effort.probed
+        if probing > 2 * effort.seconds:
+            fitted = replace(fitted, probed=max(10, round(effort.probed * 2 * effort.seconds / probing)))
+            notes.append(f"gates probed on {fitted.probed} images instead of {effort.probed}")
+        return fitted, tuple(notes)
+
+
+def pace_of(defence: Defence, pixels: Pixels, *, seed: int) -> Pace:
+    """Times one answer and one gradient for a few of ``pixels`` uint8 ``[N, C, H, W]``, the second time each."""
+    few, generator = to_images(pixels[:_TIMED]), torch.Generator().manual_seed(seed)
+    answer = step = 0.0
+    for _ in range(2):
+        started = time.perf_counter()
+        defence.predict(few, generator=generator, budget=Budget())
+        answer, started = time.perf_counter() - started, time.perf_counter()
+        point = few.clone().requires_grad_()
+        defence.surrogate(point, generator=generator, budget=Budget()).logsumexp(1).sum().backward()
+        step = time.perf_counter() - started
+    return Pace(answer=answer / len(few), step=step / len(few))

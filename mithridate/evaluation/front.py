@@ -1,0 +1,117 @@
+"""A defence with everything that was made for it, and the curves that can be drawn of several."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from mithridate.attacks.adaptive import ThroughSurrogate
+from mithridate.attacks.adaptive.simulation import Simulation
+from mithridate.evaluation.battery import Sent, Target
+from mithridate.evaluation.effort import Pace
+from mithridate.evaluation.findings import Curve, Point, Share
+from mithridate.evaluation.repeated import score
+from mithridate.types import Epsilon, Pixels
+
+_LADDER = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)
+_CURVE_STEPS = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Front:
+    """``sent`` in the order of the report; ``notes`` on what was made smaller for this defence."""
+
+    target: Target
+    pace: Pace
+    sent: tuple[Sent, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return self.target.defence.name
+
+
+def epsilon_curve(fronts: Sequence[Front], images: int, progress: Callable[[str, int, int], None]) -> Curve:
+    """Accuracy of every defence on its first ``images`` against the radius: a gradient attack through its own surrogate
+    at each, and a larger radius takes along what a smaller one found."""
+    series: dict[str, tuple[Point, ...]] = {}
+    for number, front in enumerate(fronts):
+        progress("curve", number, len(fronts))
+        target, chosen = front.target, front.target.epsilon.levels
+        levels = sorted(
+            {0, max(1, chosen // 4), max(1, chosen // 2), chosen, min(255, 2 * chosen), min(255, 4 * chosen)}
+        )
+        pixels, labels = target.pixels[:images], target.labels[:images]
+        points: list[Point] = []
+        carried: list[Pixels] = []
+        for level in levels:
+            found = pixels
+            if level:
+                radius = Epsilon(level)
+                size = max(1, round(2.5 * level / _CURVE_STEPS)) / 255
+                attack = ThroughSurrogate(epsilon=radius, steps=_CURVE_STEPS, step_size=size)
+                generator = torch.Generator().manual_seed(target.seed + level)
+                simulation = Simulation(defence=target.defence, checks=target.simulation.checks)
+                found = attack.run(simulation, pixels, labels, generator=generator, candidates=carried).pixels
+                carried = [found]
+            scored = score(target.defence, found, labels, repeats=1, seed=target.seed + level, random=target.random)
+            points.append(_point(level, sum(scored.right), len(labels)))
+        series[front.name] = tuple(points)
+    progress("curve", len(fronts), len(fronts))
+    return Curve(
+        kind="epsilon",
+        title=f"Accuracy against epsilon, {_CURVE_STEPS} steps through each surrogate",
+        x_label="epsilon, in levels of 255",
+        y_label="accuracy",
+        log_x=False,
+        series=series,
+    )
+
+
+def query_curve(fronts: Sequence[Front]) -> Curve | None:
+    """Accuracy against the queries of the black-box attacks, as they saw it; None where none was run."""
+    series: dict[str, tuple[Point, ...]] = {}
+    for front in fronts:
+        for sent in front.sent:
+            if sent.kind != "black-box" or sent.broken_at is None or sent.spent is None:
+                continue
+            most = int(sent.spent.max()) if len(sent.spent) else 1
+            points = []
+            for queries in sorted({*(step for step in _LADDER if step < most), most}):
+                standing = (sent.broken_at == 0) | (sent.broken_at > queries)
+                points.append(_point(queries, int(standing.sum()), len(standing)))
+            series[_line(front.name, sent.attack, fronts)] = tuple(points)
+    return _curve("queries", "Accuracy against queries", "queries an image", series, log_x=True)
+
+
+def round_curve(fronts: Sequence[Front]) -> Curve | None:
+    """Images that still stood after each round of GMSA-MIN, in the simulation; None where it was not run. The first
+    point is the transfer attack, from which it starts."""
+    series = {
+        front.name: tuple(_point(number, int(stood.sum()), stood.shape[0]) for number, stood in enumerate(sent.stood))
+        for front in fronts
+        for sent in front.sent
+        if sent.attack == "gmsa-min" and sent.stood is not None and front.target.simulation.holds
+    }
+    return _curve("rounds", "Accuracy against the rounds of GMSA-MIN", "rounds", series)
+
+
+def _line(defense: str, attack: str, fronts: Sequence[Front]) -> str:
+    several = len({sent.attack for front in fronts for sent in front.sent if sent.kind == "black-box"}) > 1
+    return f"{defense}, {attack}" if several else defense
+
+
+def _curve(
+    kind: str, title: str, x_label: str, series: dict[str, tuple[Point, ...]], *, log_x: bool = False
+) -> Curve | None:
+    if not series:
+        return None
+    return Curve(kind=kind, title=title, x_label=x_label, y_label="accuracy", log_x=log_x, series=series)
+
+
+def _point(x: float, right: int, n: int) -> Point:
+    share = Share(right=right, n=n)
+    low, high = share.interval
+    return Point(x=x, y=share.value, low=low, high=high)
