@@ -21,7 +21,7 @@ from mithridate.attacks.adaptive import (
     Simulation,
     ThroughSurrogate,
 )
-from mithridate.attacks.adaptive.rounds import ascend, losses
+from mithridate.attacks.adaptive.rounds import Loss, ascend, losses
 from mithridate.attacks.adaptive.simulation import begin, random_start
 from mithridate.attacks.black_box import RandomNoise, RayS, Square
 from mithridate.attacks.in_process import InProcessOracle
@@ -36,6 +36,9 @@ Suite = Literal["standard", "adaptive", "full"]
 
 _ROUNDS = ("gmsa-avg", "gmsa-min", "lock-step")
 """Against a defence that adapts nothing these are what FPA is: gradient steps on the one model there is."""
+
+_LOSSES: tuple[Loss, ...] = ("margin", "ce")
+_REDUCTIONS: tuple[Literal["avg", "min"], ...] = ("avg", "min")
 
 _BATCH = 64
 _NOISE = 100
@@ -56,6 +59,10 @@ class Target:
     epsilon: Epsilon
     effort: Effort
     seed: int
+
+    def step_size(self, steps: int) -> float:
+        """One level, or as many as it takes to cross the ball in ``steps`` (Madry et al.: 2.5 epsilon / steps)."""
+        return max(1, round(2.5 * self.epsilon.levels / steps)) / 255
 
     @property
     def simulation(self) -> Simulation:
@@ -95,28 +102,36 @@ class Column:
 def columns(target: Target, suite: Suite) -> list[Column]:
     """After the transfer attack, in the order of the report."""
     effort, epsilon = target.effort, target.epsilon
-    found = [_adaptive("white-box", _through(epsilon, effort), kind="white-box"), _asking("noise")]
+    steps, twice = effort.steps, 2 * effort.steps
+    size, small = target.step_size(steps), target.step_size(twice)
+    through = [ThroughSurrogate(epsilon=epsilon, steps=steps, step_size=size, loss=loss) for loss in _LOSSES]
+    found = [_adaptive("white-box", through, kind="white-box"), _asking("noise")]
     if suite == "standard":
         return found
-    rounds, steps = effort.rounds, effort.steps
-    twice = 2 * steps
+    fpa = [FPA(epsilon=epsilon, rounds=effort.rounds, steps=steps, step_size=size, loss=loss) for loss in _LOSSES]
+    average, least = (
+        [
+            GMSA(epsilon=epsilon, reduce=reduce, rounds=effort.rounds, steps=steps, step_size=size, loss=loss)
+            for loss in _LOSSES
+        ]
+        for reduce in _REDUCTIONS
+    )
     found += [
-        _adaptive("fpa", [FPA(epsilon=epsilon, rounds=rounds, steps=steps, loss=loss) for loss in ("margin", "ce")]),
-        _adaptive(
-            "gmsa-avg",
-            [GMSA(epsilon=epsilon, reduce="avg", rounds=rounds, steps=steps, loss=loss) for loss in ("margin", "ce")],
-        ),
-        _adaptive("gmsa-min", [GMSA(epsilon=epsilon, reduce="min", rounds=rounds, steps=steps)]),
-        _adaptive("lock-step", [LockStep(epsilon=epsilon, steps=twice)]),
+        _adaptive("fpa", fpa),
+        _adaptive("gmsa-avg", average),
+        _adaptive("gmsa-min", least[:1]),
+        _adaptive("lock-step", [LockStep(epsilon=epsilon, steps=twice, step_size=small)]),
     ]
     if not target.simulation.holds:
         found = [replace(column, same_as="fpa") if column.name in _ROUNDS else column for column in found]
     found += [
-        _adaptive("hijack", [Hijack(epsilon=epsilon, steps=twice)]),
+        _adaptive("hijack", [Hijack(epsilon=epsilon, steps=twice, step_size=small)]),
     ]
     twin = _twin(target.defence)
     if twin is not None:
-        found.append(_adaptive("soft-knn", [ThroughSurrogate(epsilon=epsilon, steps=twice, twin=twin)]))
+        found.append(
+            _adaptive("soft-knn", [ThroughSurrogate(epsilon=epsilon, steps=twice, step_size=small, twin=twin)])
+        )
     found.append(_asking("square"))
     if suite == "full":
         found.append(_asking("rays"))
@@ -135,7 +150,7 @@ def transferred(target: Target, base: Sequence[Sent]) -> Sent:
 def base_attacks(target: Target, suite: Suite) -> list[tuple[str, Callable[[], Sent]]]:
     """By name what makes examples on the base model alone, which is what ``target`` must be: shallow and deep ones."""
     epsilon, steps = target.epsilon, target.effort.steps
-    attacks: list[PGD | APGD] = [PGD(epsilon=epsilon, steps=steps, step_size=1 / 255)]
+    attacks: list[PGD | APGD] = [PGD(epsilon=epsilon, steps=steps, step_size=target.step_size(steps))]
     attacks.append(APGD(epsilon=epsilon, steps=2 * steps, loss="ce"))
     if suite != "standard":
         attacks.append(APGD(epsilon=epsilon, steps=2 * steps, loss="dlr"))
@@ -160,26 +175,23 @@ def _shallow(target: Target, name: str, confidence: float) -> Sent:
     generator, started = torch.Generator().manual_seed(target.seed), time.perf_counter()
     starts = random_start(target.pixels, target.epsilon, generator)
     classifier, steps, found = target.defence.resources.classifier, target.effort.steps, []
+    size = target.step_size(steps)
     for rows in torch.arange(len(target.pixels)).split(_BATCH):
 
         def objective(images: Images, truth: Labels = target.labels[rows]) -> torch.Tensor:
             return losses(classifier(images)[:, None], truth, "margin", confidence=confidence)[:, 0]
 
         _, best = ascend(
-            objective, target.pixels[rows], starts[rows], epsilon=target.epsilon, steps=steps, step_size=1 / 255
+            objective, target.pixels[rows], starts[rows], epsilon=target.epsilon, steps=steps, step_size=size
         )
         found.append(best)
-    config = f"PGD, {steps} steps of 1/255, margin up to {confidence:g}"
+    config = f"PGD, {steps} steps of {255 * size:.0f}/255, margin up to {confidence:g}"
     return _plain(name, config, torch.cat(found), started, steps)
 
 
 def _plain(attack: str, config: str, pixels: Pixels, started: float, steps: int) -> Sent:
     seconds = time.perf_counter() - started
     return Sent(attack=attack, kind="white-box", config=config, pixels=pixels, seconds=seconds, steps=steps)
-
-
-def _through(epsilon: Epsilon, effort: Effort) -> list[ThroughSurrogate]:
-    return [ThroughSurrogate(epsilon=epsilon, steps=effort.steps, loss=loss) for loss in ("margin", "ce")]
 
 
 def _twin(defence: Defence) -> Defence | None:
