@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from benchmarks import results, tables_random
+from benchmarks import results, tables_attacks, tables_random
 from benchmarks.markdown import share, table
 
 
@@ -257,6 +257,7 @@ _KINDS: tuple[_Kind, ...] = (
     (lambda content: "prm_rows" in content, tables_random.prm),
     (lambda content: "agreement" in content, _load_agreement),
     (lambda content: "gradients" in content, tables_random.pixels),
+    (lambda content: "bare_seconds" in content, tables_attacks.cost),
 )
 
 

@@ -15,8 +15,8 @@ from mithridate.types import Epsilon, Images, Pixels, to_images, to_pixels
 
 Norm = Literal["linf", "l2"]
 
-_HALVINGS = 10
-"""Of the search where L2 rounding turns: to a thousandth of a level."""
+_HALVINGS = 8
+"""Of the search where L2 rounding turns: to a five hundredth of a level."""
 
 _ROUNDING = 1e-4
 """In levels: more than float32 errs in a change, so that a level that was not reached is never counted as reached."""
@@ -123,27 +123,26 @@ class _L2:
     def sent(self, points: Images) -> Pixels:
         """Rounded to the nearest level, or, where that leaves the ball, with as much more rounded towards the clean
         image as it takes: fractions of a level below a threshold, the lowest of [1/2, 1] that is enough. At 1 all are,
-        which never leaves. In whole levels, exact.
+        which never leaves. Judged in whole levels, so exactly.
         """
         change = (points - self.clean) * 255
         size = (change.abs() - _ROUNDING).clamp_min_(0)
         whole = size.floor()
         fraction = size - whole
+        square, gain = whole.square().flatten(1).sum(1), 2 * whole + 1  # and what one level more adds to it
 
-        def rounded(threshold: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            """Levels, and bool ``[N, 1, 1, 1]``: whether they lie in the ball."""
-            levels = whole + (fraction >= threshold)
-            return levels, levels.flatten(1).square().sum(1).view(-1, 1, 1, 1) <= self.epsilon.levels**2
+        def inside(threshold: torch.Tensor) -> torch.Tensor:
+            """Bool ``[N, 1, 1, 1]``: whether the ball holds what is rounded up from there on."""
+            added = (gain * (fraction >= threshold)).flatten(1).sum(1)
+            return (square + added <= self.epsilon.levels**2).view(-1, 1, 1, 1)
 
-        high = torch.ones((len(points), 1, 1, 1), device=points.device)
-        low = high / 2
-        nearest, fits = rounded(low)
-        levels = torch.where(fits, nearest, whole)
+        low = torch.full((len(points), 1, 1, 1), 0.5, device=points.device)
+        high = torch.where(inside(low), low, 1.0)
         for _ in range(_HALVINGS):
             middle = (low + high) / 2
-            tried, enough = rounded(middle)
-            levels = torch.where(enough & ~fits, tried, levels)
+            enough = inside(middle)
             low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
+        levels = whole + (fraction >= high)
         return (self.clean * 255 + levels.copysign(change)).round_().clamp_(0, 255).to(torch.uint8)
 
     def only(self, rows: torch.Tensor) -> Ball:
