@@ -19,17 +19,17 @@ from tests.mithridate.black_box_helpers import Books
 EPSILON = Epsilon(12)
 BUDGET = 150
 
-# Of 40 digits at 32/255, after 600 queries: how many each must break. Each broke five more when this was written.
+# Of 30 digits at 32/255, after 250 queries: how many each must break. Each broke four more when this was written.
 BREAKS = {
-    "square": 33,
-    "simba": 34,
-    "simba-dct": 22,
-    "nes": 30,
-    "boundary": 15,
-    "hopskipjump": 21,
-    "rays": 32,
-    "random-noise": 2,
-    "random-corners": 15,
+    "square": 24,
+    "simba": 25,
+    "simba-dct": 17,
+    "nes": 21,
+    "boundary": 14,
+    "hopskipjump": 14,
+    "rays": 24,
+    "random-noise": 1,
+    "random-corners": 10,
 }
 
 
@@ -39,14 +39,14 @@ def test_every_attack_has_a_strength_to_show() -> None:
 
 @pytest.mark.parametrize("name", BLACK_BOX)
 def test_it_breaks_an_undefended_network(name: str, resources: Resources, digits_test: LabelledImages) -> None:
-    pixels, labels = torch.from_numpy(digits_test.images[:40]), torch.from_numpy(digits_test.labels[:40])
+    pixels, labels = torch.from_numpy(digits_test.images[:30]), torch.from_numpy(digits_test.labels[:30])
     attack = parse_black_box(name, epsilon=Epsilon(32))
     oracle = InProcessOracle(build_defence("none", resources), classes=10, track=attack.track)
-    result = attack.run(oracle, pixels, labels, seed=0, budget=600)
+    result = attack.run(oracle, pixels, labels, seed=0, budget=250)
     assert int((result.broken_at > 1).sum()) >= BREAKS[name]
     assert torch.equal(oracle.queries, result.queries)
     # What it says to send is misread when it is sent, wherever it says that it broke it, and nowhere else.
-    again = InProcessOracle(build_defence("none", resources), classes=10).ask(torch.arange(40), result.pixels)
+    again = InProcessOracle(build_defence("none", resources), classes=10).ask(torch.arange(30), result.pixels)
     assert torch.equal(again.labels != labels, result.broken_at > 0)
 
 
@@ -85,15 +85,17 @@ def test_an_image_is_attacked_the_same_whoever_is_beside_it(name: str) -> None:
     attack = parse_black_box(name, epsilon=Epsilon(4))
     together, alone = (Books(forward, track=attack.track) for _ in range(2))
     many = attack.run(together, pixels, labels, seed=2, budget=BUDGET)
-    labels[0] = (labels[0] + 1) % 4  # it drops out at once
-    few = attack.run(alone, pixels[:5], labels[:5], seed=2, budget=BUDGET)
-    assert [together.of(row) for row in range(1, 5)] == [alone.of(row) for row in range(1, 5)]
-    assert torch.equal(many.pixels[1:5], few.pixels[1:5])
-    assert torch.equal(many.broken_at[1:5], few.broken_at[1:5])
-    assert max(alone.counts(5)) > 20, "all fell at once: the test says nothing"
+    first = int((many.queries > 20).nonzero()[0])
+    labels[first] = (labels[first] + 1) % 4  # it drops out at once
+    rest = [row for row in range(7) if row != first]
+    few = attack.run(alone, pixels[:7], labels[:7], seed=2, budget=BUDGET)
+    assert [together.of(row) for row in rest] == [alone.of(row) for row in rest]
+    assert torch.equal(many.pixels[rest], few.pixels[rest])
+    assert torch.equal(many.broken_at[rest], few.broken_at[rest])
+    assert max(alone.counts(7)) > 20, "all fell at once: the test says nothing"
     assert alone.of(3) != alone.of(4), "two rows draw the same"
     other = Books(forward, track=attack.track)
-    attack.run(other, pixels[:5], labels[:5], seed=3, budget=BUDGET)
+    attack.run(other, pixels[:7], labels[:7], seed=3, budget=BUDGET)
     assert other.queries != alone.queries, "the seed draws nothing"
 
 

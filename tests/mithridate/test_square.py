@@ -50,20 +50,20 @@ def test_repeats_are_queries_and_their_mean_decides() -> None:
     for repeats in (1, 8):
         attack = Square(epsilon=EPSILON, random=True, repeats=repeats)
         oracle = Books(noisy(forward, 1, 2.0), track="scores")
-        result = attack.run(oracle, pixels, labels, seed=0, budget=400)
-        assert oracle.counts(40) == [400] * 40
+        result = attack.run(oracle, pixels, labels, seed=0, budget=300)
+        assert oracle.counts(40) == [300] * 40
         stood.append(int((answers(forward, result.pixels) == labels).sum()))
-    assert stood[1] < stood[0] < 40
+    assert stood[1] < stood[0]
     row = oracle.of(0)
     assert len(set(row[1:9])) == 1
     assert len(set(row[9:17])) == 1
 
 
 def test_no_weaker_than_another_implementation(resources: Resources, digits_test: LabelledImages) -> None:
-    pixels, labels = torch.from_numpy(digits_test.images[:100]), torch.from_numpy(digits_test.labels[:100])
+    pixels, labels = torch.from_numpy(digits_test.images[:60]), torch.from_numpy(digits_test.labels[:60])
     theirs = SquareAttack(resources.classifier, norm="Linf", n_queries=150, eps=24 / 255, seed=0, device="cpu")
     fooled = resources.classifier(theirs.perturb(to_images(pixels), labels)).argmax(1) != labels
     ours = Square(epsilon=Epsilon(24)).run(
         InProcessOracle(build_defence("none", resources), classes=10), pixels, labels, seed=0, budget=150
     )
-    assert 30 < int(fooled.sum()) <= int((ours.broken_at > 0).sum()) < 100
+    assert 15 < int(fooled.sum()) <= int((ours.broken_at > 0).sum()) < 60
