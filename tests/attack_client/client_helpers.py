@@ -56,14 +56,16 @@ def answer(label: str = "0", class_index: int = 0, **more: Any) -> dict[str, Any
 
 
 class FakeService:
-    """Speaks the API without a model. It says of every image that it is ``label``, after ``seconds`` of work, one
-    request at a time; every ``fails_every``-th request gets a 500 instead, and every one with several images if
-    ``fails_together``. It ``abstains`` from all answers; a share ``random`` of them is another class."""
+    """Speaks the API without a model. It ``says`` of every image that it is that class, by its ``label``, after
+    ``seconds`` of work, one request at a time; every ``fails_every``-th request gets a 500 instead, and every one with
+    several images if ``fails_together``. It ``abstains`` from all answers; a share ``random`` of them is another
+    class."""
 
     def __init__(
         self,
         *,
-        label: str = "0",
+        label: str | None = None,
+        says: int = 0,
         seconds: float = 0,
         fails_every: int = 0,
         fails_together: bool = False,
@@ -73,7 +75,8 @@ class FakeService:
         arch: str = "fake",
     ) -> None:
         self.images = 0
-        self._label = label
+        self._says = says
+        self._label = DIGITS[says] if label is None else label
         self._seconds = seconds
         self._fails_every = fails_every
         self._fails_together = fails_together
@@ -121,8 +124,8 @@ class FakeService:
         """0.9 for the class it names, the rest for the others."""
         images = []
         for _ in asked["images"]:
-            index = 1 if self._draws.random() < self._random else 0
-            (image,) = answer(self._label if index == 0 else DIGITS[index], index)["predictions"]
+            index = (self._says + (self._draws.random() < self._random)) % 10
+            (image,) = answer(self._label if index == self._says else DIGITS[index], index)["predictions"]
             others = [c for c in range(10) if c != index][: asked["top_k"] - 1]
             top = [image["top"][0], *({"label": DIGITS[c], "class_index": c, "confidence": 0.01} for c in others)]
             images.append({**image, "top": top, "abstained": self._abstains})
