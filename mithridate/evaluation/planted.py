@@ -6,7 +6,6 @@ published as defences (Athalye, Carlini, Wagner 2018; Carlini and Wagner 2016 fo
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -76,9 +75,10 @@ class Planted:
         return self.shows(self.resources.classifier, images)
 
 
-def planted(name: str, resources: Resources) -> Planted:
-    """One of ``PLANTED``."""
-    answers, shows = PLANTED[name]
+def planted(name: str, resources: Resources, *, seed: int = 0) -> Planted:
+    """One of ``PLANTED``. ``seed``: of the randomness that ``hidden-randomness`` keeps to itself."""
+    shows = _plain if name == _HIDDEN else _PATHS[name]
+    answers = _Shaken(torch.Generator().manual_seed(seed)) if name == _HIDDEN else shows
     return Planted(name=name, resources=resources, answers=answers, shows=shows)
 
 
@@ -96,32 +96,39 @@ def _hot(classifier: Classifier, images: Images) -> Logits:
     return TEMPERATURE * _plain(classifier, images)
 
 
-def _shaken(classifier: Classifier, images: Images) -> Logits:
-    """At a random size and place, with noise on top, from randomness that nobody is told of, so that no seed repeats an
-    answer and one lucky draw passes for a success, or for a defence."""
-    generator = torch.Generator().manual_seed(secrets.randbits(62))
-    side = images.shape[-1]
-    size = int(torch.randint(round(0.9 * side), side + 1, (), generator=generator))
-    left, top = (int(torch.randint(side - size + 1, (), generator=generator)) for _ in range(2))
-    small = F.interpolate(images, size=(size, size), mode="nearest")
-    whole = F.pad(small, (left, side - size - left, top, side - size - top))
-    noise = NOISE * torch.randn(whole.shape, generator=generator).to(whole.device)
-    return _plain(classifier, (whole + noise).clamp(0, 1))
+@dataclass(frozen=True)
+class _Shaken:
+    """At a random size and place, with noise on top, from a source that no request has a say in: no seed repeats an
+    answer, and one lucky draw passes for a success, or for a defence. The source is seeded: measurements can be
+    repeated."""
+
+    source: torch.Generator
+
+    def __call__(self, classifier: Classifier, images: Images) -> Logits:
+        side, source = images.shape[-1], self.source
+        size = int(torch.randint(round(0.9 * side), side + 1, (), generator=source))
+        left, top = (int(torch.randint(side - size + 1, (), generator=source)) for _ in range(2))
+        small = F.interpolate(images, size=(size, size), mode="nearest")
+        whole = F.pad(small, (left, side - size - left, top, side - size - top))
+        noise = NOISE * torch.randn(whole.shape, generator=source).to(whole.device)
+        return _plain(classifier, (whole + noise).clamp(0, 1))
 
 
 _killed: Path = partial(_rounded, levels=256)  # on 8-bit images it changes nothing but the gradient
 _quantised: Path = partial(_rounded, levels=LEVELS)
 
-PLANTED: Mapping[str, tuple[Path, Path]] = {
-    "gradient-killer": (_killed, _killed),
-    "quantiser": (_quantised, _quantised),
-    "temperature": (_hot, _hot),
-    "hidden-randomness": (_shaken, _plain),
-    "identity": (_plain, _plain),
+_PATHS: Mapping[str, Path] = {
+    "gradient-killer": _killed,
+    "quantiser": _quantised,
+    "temperature": _hot,
+    "identity": _plain,
 }
-"""By name: what it answers with, and what it shows."""
+"""By name: what it answers with and shows."""
 
-BROKEN = tuple(name for name in PLANTED if name != "identity")
+_HIDDEN = "hidden-randomness"
+
+BROKEN = (*(name for name in _PATHS if name != "identity"), _HIDDEN)
+PLANTED = (*BROKEN, "identity")
 
 
 def attack_planted(

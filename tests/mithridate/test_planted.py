@@ -17,7 +17,7 @@ from mithridate.evaluation.verdict import Verdict, rule
 from mithridate.types import Epsilon, Labels, Pixels
 
 IMAGES, EPSILON = 40, Epsilon(32)
-SETTINGS = ProbeSettings(images=IMAGES, steps=20, unbounded_steps=60, noise=10, batch=IMAGES)
+SETTINGS = ProbeSettings(images=IMAGES, steps=20, unbounded_steps=60, noise=5, batch=IMAGES)
 
 Measured = tuple[tuple[bool, ...], tuple[bool, ...], list[Tried], tuple[Gate, ...]]
 
@@ -73,7 +73,7 @@ def test_broken_on_purpose_is_flagged_and_falls(
     found = measure(planted(name, resources), resources, digits)
     assert flags(found) >= EXPECTED[name]
     assert sum(found[0]) >= 0.8 * IMAGES  # it looks like a working classifier
-    assert sum(found[1]) <= sum(base[1]) + 3  # and stands no longer than its base
+    assert sum(found[1]) <= sum(base[1]) + 0.1 * IMAGES  # and stands no longer than its base, to a few lucky draws
     assert judged(name, found, base).ruling == "not trustworthy"
     fallen = [t for t in found[2] if t.kind in ("black-box", "transfer", "white-box")]
     assert min(sum(t.right) for t in fallen) <= 0.15 * IMAGES
