@@ -24,7 +24,8 @@ from mithridate.evaluation.battery import Sent, Suite, Target, base_attacks, col
 from mithridate.evaluation.cells import CellStore
 from mithridate.evaluation.effort import Effort, pace_of
 from mithridate.evaluation.environment import environment
-from mithridate.evaluation.findings import Cell, DefenceFindings, Evaluation, Gate, Repeated
+from mithridate.evaluation.extras import Ground, run_extras
+from mithridate.evaluation.findings import Cell, DefenceFindings, Evaluation, Extra, Gate, Repeated
 from mithridate.evaluation.front import Front, epsilon_curve, query_curve, round_curve
 from mithridate.evaluation.probes import ProbeSettings
 from mithridate.evaluation.repeated import Scored, is_random, score
@@ -79,6 +80,7 @@ def evaluate(plan: EvaluationPlan, work: Path, *, progress: Progress = lambda wh
         fronts.append(run.attack(build_defence(text, plan.resources)))
     progress("defences", len(texts), len(texts))
     found = run.judge(fronts)
+    extras = run.extras(fronts) if plan.suite == "full" else ()
     curves = [query_curve(fronts), round_curve(fronts)]
     if plan.effort.curve:
         curves.insert(0, epsilon_curve(fronts, plan.effort.curve, progress))
@@ -104,6 +106,7 @@ def evaluate(plan: EvaluationPlan, work: Path, *, progress: Progress = lambda wh
         defences=tuple(found),
         curves=tuple(curve for curve in curves if curve is not None),
         strips=draw_strips(fronts, found, plan.data.classes),
+        extras=extras,
         notes=tuple(note for front in fronts for note in front.notes),
     )
 
@@ -114,6 +117,7 @@ class _Run:
     store: CellStore
     progress: Progress
     on_base: list[Sent] = field(default_factory=list)
+    worst: dict[str, Pixels] = field(default_factory=dict)
 
     def attack(self, defence: Defence) -> Front:
         """All of the suite's, each as hard as the pace of ``defence`` allows."""
@@ -163,6 +167,11 @@ class _Run:
             found.append(self._judge(front, others, found[0] if found else None, fronts[0]))
         self.progress("judging", len(fronts), len(fronts))
         return found
+
+    def extras(self, fronts: Sequence[Front]) -> tuple[Extra, ...]:
+        """What is asked beside the matrix, of defences that were judged."""
+        grounds = [Ground(front=front, worst=self.worst[front.name]) for front in fronts]
+        return run_extras(grounds, self.plan.bundle, self.store, progress=self.progress)
 
     def _judge(
         self, front: Front, others: Sequence[Sent], base: DefenceFindings | None, base_front: Front
@@ -242,6 +251,7 @@ class _Run:
             margins = target.simulation.margins(sent.pixels[rows], target.labels[rows], generator=generator)
             fell = rows[margins < 0]
             worst[fell], broken[fell] = sent.pixels[fell], True
+        self.worst[front.name] = worst
         if not target.random:
             return tuple((~broken).tolist()), None
         last = self._score(target, worst, salt=_WORST_SEED)
