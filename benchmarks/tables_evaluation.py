@@ -25,7 +25,8 @@ def evaluation(content: dict[str, Any]) -> Iterator[str]:
         ["defence", "worst case", "over its base", "McNemar p", "clean cost", "x time", "gates failed", "verdict"],
         [_verdict(row) for row in rows],
     )
-    yield f"\nOn the base model alone: {', '.join(f'{name} {_cell(rows[0]["attacks"][name])}' for name in base)}."
+    made = ", ".join(f"{name} {_cell(rows[0]['attacks'][name])}" for name in base)
+    yield f"\nOn the base model alone: {made}."
     if found["notes"]:
         yield f"\nMade smaller: {'; '.join(found['notes'])}."
 
