@@ -71,11 +71,13 @@ def factories(vectors: int, dimension: int) -> tuple[str, ...]:
     >>> factories(100_000, 64)
     ('Flat', 'IVF1265,Flat', 'IVF1265,PQ16')
     """
-    cells = max(1, min(round(4 * math.sqrt(vectors)), vectors // _TRAINING))
+    cells = min(round(4 * math.sqrt(vectors)), vectors // _TRAINING)
+    if not cells:
+        return (EXACT,)
     parts = max(part for part in range(1, min(16, dimension) + 1) if dimension % part == 0)
     bits = "" if vectors >= _TRAINING * 256 else "x4"
-    small = () if vectors < _TRAINING * 16 else (f"IVF{cells},PQ{parts}{bits}",)
-    return (EXACT, f"IVF{cells},Flat", *small)
+    compressed = () if vectors < _TRAINING * 16 else (f"IVF{cells},PQ{parts}{bits}",)
+    return (EXACT, f"IVF{cells},Flat", *compressed)
 
 
 def _indices(bundle: Bundle, own: NeighborIndex) -> dict[str, NeighborIndex]:
