@@ -53,7 +53,7 @@ def test_the_page_says_which_attack_succeeded_that_must_not() -> None:
     assert '<a href="#extras">' in page
     assert "Succeeded, and must not, against &lt;" in page
     assert page.count("Failed against every defence, as it must.") == 0
-    assert "90.0 % (78.6–95.7)" in page  # noqa: RUF001
+    assert "90.0 % <small>78.6–95.7</small>" in page  # noqa: RUF001
     assert HOSTILE not in page
     assert "Failed against every defence, as it must." in render(
         evaluation(Extra(**{**vars(APART), "failed": (), "rows": APART.rows[:1]}))
