@@ -160,9 +160,10 @@ class Judge:
         """int64: the images that still stand."""
         return self.standing.nonzero()[:, 0]
 
-    def parts(self, size: int) -> list[torch.Tensor]:
-        """The same, ``size`` at a time. No part is empty: not every defence takes no images."""
-        return [rows for rows in self.rows.split(size) if len(rows)]
+    def groups(self, size: int) -> list[torch.Tensor]:
+        """The same, ``size`` at a time; none where nobody stands."""
+        rows = self.rows
+        return list(rows.split(size)) if len(rows) else []
 
     def found(self) -> Found:
         return Found(pixels=self._best.pixels, stood=torch.stack(self._stood))
