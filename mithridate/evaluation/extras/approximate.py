@@ -30,6 +30,9 @@ EXACT = "Flat"
 _TRAINING = 39
 """Vectors a cell, or a centroid, below which FAISS calls its training too small."""
 
+_SHARE = 16
+"""One in so many cells is looked into, where it is not a single one."""
+
 _STEPS = 20
 _ASKS = 4 + 2 * _STEPS // 10
 """Answers an image and an index: clean, attacked, attacked anew, and those of the attack."""
@@ -59,34 +62,37 @@ def approximate(
         "in this one. Attacked: the points that the run found worst for the defence with the bundle's own index "
         f"({bundle.manifest.index}), which is no attack on another. Attacked anew: starting there, {_STEPS} steps "
         "through the surrogate of the defence with this very index; an image counts only where it stands under both. "
-        "IVF looks into one of 4·√n cells (n exemplars; fewer where n is too small to learn as many), PQ compares "
-        "compressed vectors.",
+        "IVF has 4·√n cells (n exemplars; fewer where n is too small to learn as many), of which a search looks into "
+        "so many: a cell may hold fewer exemplars than the defence asks for. PQ compares compressed vectors, and what "
+        "it proposes is ranked by exact distances.",
     )
 
 
-def factories(vectors: int, dimension: int) -> tuple[str, ...]:
-    """FAISS factory strings for so many vectors of ``dimension`` numbers: exact first, then cells of which one is
-    looked into, and the same with compressed vectors.
+def factories(vectors: int, dimension: int) -> tuple[tuple[str, int], ...]:
+    """FAISS factory strings for so many vectors of ``dimension`` numbers, and how many cells a search looks into: exact
+    first, then a single cell, then a sixteenth of them, then compressed vectors.
 
     >>> factories(100_000, 64)
-    ('Flat', 'IVF1265,Flat', 'IVF1265,PQ16')
+    (('Flat', 1), ('IVF1265,Flat', 1), ('IVF1265,Flat', 79), ('PQ16', 1))
     """
     cells = min(round(4 * math.sqrt(vectors)), vectors // _TRAINING)
-    if not cells:
-        return (EXACT,)
-    parts = max(part for part in range(1, min(16, dimension) + 1) if dimension % part == 0)
-    bits = "" if vectors >= _TRAINING * 256 else "x4"
-    compressed = () if vectors < _TRAINING * 16 else (f"IVF{cells},PQ{parts}{bits}",)
-    return (EXACT, f"IVF{cells},Flat", *compressed)
+    found = [(EXACT, 1)]
+    if cells:
+        found += [(f"IVF{cells},Flat", probes) for probes in dict.fromkeys((1, max(1, round(cells / _SHARE))))]
+    if vectors >= _TRAINING * 16:
+        parts = max(part for part in range(1, min(16, dimension) + 1) if dimension % part == 0)
+        found.append((f"PQ{parts}" if vectors >= _TRAINING * 256 else f"PQ{parts}x4", 1))
+    return tuple(found)
 
 
 def _indices(bundle: Bundle, own: NeighborIndex) -> dict[str, NeighborIndex]:
     """By name, the exact one first; the bundle's own among them."""
     embeddings, metric = bundle.embeddings, bundle.manifest.metric
-    found = {
-        factory: NeighborIndex.build(embeddings, factory=factory, metric=metric).to(own.device)
-        for factory in factories(*embeddings.shape)
-    }
+    found = {}
+    for factory, probes in factories(*embeddings.shape):
+        cells = f"{probes} cell{'s' if probes > 1 else ''}"
+        index = NeighborIndex.build(embeddings, factory=factory, metric=metric, probes=probes)
+        found[f"{factory}, {cells}" if "IVF" in factory else factory] = index.to(own.device)
     return {**found, bundle.manifest.index: own}
 
 
