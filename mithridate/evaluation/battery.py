@@ -224,12 +224,18 @@ def _run(
     return Sent(
         attack=name,
         kind=kind,
-        config="; ".join(repr(attack) for attack in attacks),
+        config="; ".join(_described(attack) for attack in attacks),
         pixels=points[0],
         seconds=time.perf_counter() - started,
         steps=sum(attack.gradient_steps for attack in attacks) or None,
         stood=torch.cat(looks),
     )
+
+
+def _described(attack: AdaptiveAttack) -> str:
+    """A twin by its name: a defence's own representation is all that it is made of."""
+    twin = attack.twin if isinstance(attack, ThroughSurrogate) else None
+    return repr(attack) if twin is None else f"{attack!r} through {twin.name}"
 
 
 @dataclass(frozen=True, kw_only=True)

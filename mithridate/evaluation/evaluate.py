@@ -71,6 +71,8 @@ def evaluate(plan: EvaluationPlan, work: Path, *, progress: Progress = lambda wh
     plan.bundle.check_fits(plan.data)
     if len(plan.data) < 1:
         raise OptionError(f"{plan.data.spec} holds no image; allowed: at least 1")
+    if not plan.epsilon.levels:
+        raise OptionError(f"epsilon {plan.epsilon} leaves an attack nothing to change; allowed: 1/255 to 255/255")
     # All of them before the first is attacked: one that the bundle cannot serve would else come to light hours later.
     built = [build_defence(text, plan.resources) for text in (_BASE, *(plan.defenses or names(plan.resources)))]
     defences = list({defence.name: defence for defence in built}.values())

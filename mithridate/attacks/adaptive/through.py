@@ -8,7 +8,7 @@ attacked through a ``twin`` that has: what counts is what the defence itself say
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -29,7 +29,7 @@ class ThroughSurrogate:
     step_size: float = 1 / 255
     loss: Loss = "margin"
     confidence: float = CONFIDENCE
-    twin: Defence | None = None
+    twin: Defence | None = field(default=None, repr=False)
     rows: int = 64
 
     @property
