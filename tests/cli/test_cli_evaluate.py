@@ -9,7 +9,22 @@ from pathlib import Path
 
 import pytest
 
-TINY = ("--rounds", 1, "--steps", 10, "--queries", 10, "--repeats", 2, "--gate-images", 5, "--curve-images", 0)
+TINY = (
+    "--threads",
+    1,
+    "--rounds",
+    1,
+    "--steps",
+    10,
+    "--queries",
+    10,
+    "--repeats",
+    2,
+    "--gate-images",
+    5,
+    "--curve-images",
+    0,
+)
 ASKED = ("--dataset", "digits[test,:6]", "--defense", "rmc", "--attacks", "standard", "--epsilon", "16/255", *TINY)
 FILES = {"work", "evaluation.json", "samples.jsonl", "junit.xml", "report.html"}
 

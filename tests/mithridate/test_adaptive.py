@@ -30,7 +30,7 @@ from mithridate.defenses.rmc import RMC
 from mithridate.evaluation.planted import Planted
 from mithridate.types import Epsilon, Images, Labels, Logits, Pixels, to_images
 
-RADIUS, IMAGES = Epsilon(32), 24
+RADIUS, IMAGES = Epsilon(32), 20
 SIZE = 8 / 255
 
 
@@ -142,13 +142,12 @@ def test_noise_alone_breaks_next_to_nothing(defence: RMC, digits: tuple[Pixels, 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_seed_repeats_it(
-    name: str, attacks: dict[str, AdaptiveAttack], found: dict[str, Found], defence: RMC, digits: tuple[Pixels, Labels]
+    name: str, attacks: dict[str, AdaptiveAttack], defence: RMC, digits: tuple[Pixels, Labels]
 ) -> None:
-    again = run(attacks[name], defence, *digits)
-    assert torch.equal(again.pixels, found[name].pixels)
-    assert torch.equal(again.stood, found[name].stood)
-    few = tuple(part[:4] for part in digits)
-    assert not torch.equal(run(attacks[name], defence, *few, seed=1).pixels, again.pixels[:4])
+    first, again, other = (run(attacks[name], defence, digits[0][:4], digits[1][:4], seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(again.pixels, first.pixels)
+    assert torch.equal(again.stood, first.stood)
+    assert not torch.equal(other.pixels, first.pixels)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -172,14 +171,15 @@ def test_where_nothing_falls_the_nearest_to_it_is_sent(
     name: str, resources: Resources, defence: RMC, digits: tuple[Pixels, Labels]
 ) -> None:
     radius = Epsilon(2)
-    one = run(named(radius, resources)[name], defence, *digits)
+    pixels, labels = digits[0][:10], digits[1][:10]
+    one = run(named(radius, resources)[name], defence, pixels, labels)
     stood = one.stood[-1]
-    assert int(stood.sum()) > IMAGES // 2
-    assert within(one.pixels, digits[0], radius)
-    changed = (one.pixels != digits[0]).flatten(1).any(1)
+    assert int(stood.sum()) > 5
+    assert within(one.pixels, pixels, radius)
+    changed = (one.pixels != pixels).flatten(1).any(1)
     assert float(changed[stood].float().mean()) > 0.7, "the clean image is sent"
     simulation = Simulation(defence=defence)
-    before, after = (simulation.margins(points, digits[1], generator=drawn()) for points in (digits[0], one.pixels))
+    before, after = (simulation.margins(points, labels, generator=drawn()) for points in (pixels, one.pixels))
     assert (after <= before).all()
 
 
@@ -236,7 +236,7 @@ def test_lock_step_adapts_again_every_few_steps(defence: RMC, digits: tuple[Pixe
 # Defences of other kinds
 
 
-@pytest.mark.parametrize("name", NAMES[:-1])
+@pytest.mark.parametrize("name", ["fpa", "lock-step", "hijack", "white-box"])
 def test_a_defence_that_adapts_nothing_is_attacked_too(
     name: str, attacks: dict[str, AdaptiveAttack], resources: Resources, digits: tuple[Pixels, Labels]
 ) -> None:

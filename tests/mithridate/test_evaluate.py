@@ -21,7 +21,7 @@ from mithridate.evaluation.evaluate import EvaluationPlan, evaluate
 from mithridate.evaluation.findings import Evaluation
 from mithridate.types import Epsilon
 
-IMAGES = 10
+IMAGES = 6
 TINY = Effort(rounds=1, steps=10, queries=20, repeats=4, probed=5, curve=0, seconds=1e9)
 SAP = "sap:passes=1,attack_passes=1"
 
@@ -83,8 +83,9 @@ def test_every_defence_gets_every_attack(whole: Evaluation) -> None:
     for one in whole.defences:
         assert everyone <= {cell.attack for cell in one.cells}
         assert all(len(cell.right) == IMAGES for cell in one.cells)
+        assert not [cell.config for cell in one.cells if " object at 0x" in cell.config or len(cell.config) > 2000]
     assert {cell.attack for cell in rmc.cells} == {"transfer", "soft-knn", *everyone}
-    assert {"pgd10", "apgd-ce"} <= {cell.attack.removesuffix("20") for cell in base.cells} | {"pgd10", "apgd-ce"}
+    assert sum("pgd" in cell.attack for cell in base.cells) == 7, "what is made on the base model is in its own row"
     for one in (base, sap):
         fpa = one.cell("fpa")
         for name in ("gmsa-avg", "gmsa-min", "lock-step"):
@@ -122,17 +123,15 @@ def test_a_random_defence_is_asked_again_and_again(whole: Evaluation) -> None:
     assert base.worst_repeated is rmc.worst_repeated is None
 
 
-@pytest.mark.parametrize("calls", [3, 12])
-def test_an_interrupted_run_goes_on_to_the_same_end(
-    calls: int, plan: EvaluationPlan, whole: Evaluation, work: Path, tmp_path: Path
-) -> None:
-    folder = tmp_path / "work"
+def test_an_interrupted_run_goes_on_to_the_same_end(plan: EvaluationPlan, tmp_path: Path) -> None:
+    small, folder = replace(plan, suite="standard", defenses=("rmc",)), tmp_path / "work"
+    whole = evaluate(small, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        evaluate(plan, folder, progress=stop_after(calls))
+        evaluate(small, folder, progress=stop_after(6))
     kept = {file.name: file.stat().st_mtime_ns for file in folder.glob("*.npz")}
-    assert 0 < len(kept) < len(list(work.glob("*.npz")))
+    assert 0 < len(kept) < len(list((tmp_path / "whole").glob("*.npz")))
     assert not list(folder.glob("*.part"))
-    found = evaluate(plan, folder)
+    found = evaluate(small, folder)
     assert {name: (folder / name).stat().st_mtime_ns for name in kept} == kept, "made again"
     assert json.dumps(told(found)) == json.dumps(told(whole))
 
