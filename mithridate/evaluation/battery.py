@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
 
@@ -58,6 +58,7 @@ class Target:
     epsilon: Epsilon
     effort: Effort
     seed: int
+    memory: dict[bytes, float] = field(default_factory=dict, repr=False)
 
     def step_size(self, steps: int) -> float:
         """One level, or as many as it takes to cross the ball in ``steps`` (Madry et al.: 2.5 epsilon / steps)."""
@@ -66,7 +67,9 @@ class Target:
     @property
     def simulation(self) -> Simulation:
         """A fresh one, as the attacker runs it."""
-        return Simulation(defence=self.defence, checks=self.effort.checks if self.random else 1)
+        if self.random:
+            return Simulation(defence=self.defence, checks=self.effort.checks)
+        return Simulation(defence=self.defence, memory=self.memory)
 
 
 @dataclass(frozen=True, kw_only=True)

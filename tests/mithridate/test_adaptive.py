@@ -376,3 +376,15 @@ def test_a_defence_that_remembers_is_caught(
     slight = contaminate(barely, digits[0][:6], [found["fpa"].pixels], seed=3)
     assert slight.changed == 0
     assert not slight.failed, "scores that move are a trace too"
+
+
+def test_with_a_memory_no_point_is_asked_for_twice(defence: RMC, digits: tuple[Pixels, Labels]) -> None:
+    memory: dict[bytes, float] = {}
+    first, second = (Simulation(defence=defence, memory=memory) for _ in range(2))
+    pixels, labels = digits[0][:4], digits[1][:4]
+    known = first.margins(pixels, labels, generator=drawn())
+    again = second.margins(torch.cat([pixels, 255 - pixels]), labels.repeat(2), generator=drawn())
+    assert (first.queries, second.queries) == ([4], [4])
+    assert torch.equal(again[:4], known)
+    plain = Simulation(defence=defence).margins(pixels, labels, generator=drawn())
+    assert torch.allclose(known, plain, atol=1e-6)

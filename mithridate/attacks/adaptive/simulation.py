@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -79,10 +80,12 @@ class AdaptiveAttack(Protocol):
 @dataclass(frozen=True, kw_only=True)
 class Simulation:
     """``defence`` as an attacker runs it. ``checks``: how many private draws a point must fool to count as broken (1
-    for a deterministic defence); ``queries`` counts images asked for."""
+    for a deterministic defence); ``queries`` counts images asked for. With a ``memory``, which only a deterministic
+    defence may have, no point is asked for twice, in whichever simulation that shares it."""
 
     defence: Defence
     checks: int = 1
+    memory: dict[bytes, float] | None = None
     queries: list[int] = field(default_factory=lambda: [0])
 
     @property
@@ -111,7 +114,18 @@ class Simulation:
         """float64 ``[N]``: by how much the log score of the true class leads, in the answers a client would get: the
         smallest lead of no more than ``checks`` draws for those that every draw misreads, the largest for the others.
         """
-        found: list[torch.Tensor] = []
+        if self.memory is None:
+            return self._asked(pixels, labels, generator)
+        pairs = zip(pixels.cpu().flatten(1).numpy(), labels.tolist(), strict=True)
+        keys = [hashlib.sha256(row.tobytes() + str(label).encode()).digest() for row, label in pairs]
+        unknown = torch.tensor([place for place, key in enumerate(keys) if key not in self.memory], dtype=torch.long)
+        if len(unknown):
+            fresh = self._asked(pixels[unknown], labels[unknown], generator)
+            self.memory.update({keys[place]: value for place, value in zip(unknown, fresh.tolist(), strict=True)})
+        return torch.tensor([self.memory[key] for key in keys], dtype=torch.float64)
+
+    def _asked(self, pixels: Pixels, labels: Labels, generator: torch.Generator) -> torch.Tensor:
+        found: list[torch.Tensor] = [torch.zeros(0, dtype=torch.float64)]
         for start in range(0, len(pixels), _ROWS):
             images, truth = to_images(pixels[start : start + _ROWS]), labels[start : start + _ROWS]
             worst = self._margins(images, truth, generator)
