@@ -57,7 +57,7 @@ class Hijack:
         judge = begin(simulation, pixels, labels, generator, candidates)
         points = random_start(pixels, self.epsilon, generator)
         for _ in range(max(1, self.steps // self.every)):
-            for rows in judge.rows.split(self.rows):
+            for rows in judge.groups(self.rows):
                 points[rows] = self._some_steps(
                     searched, simulation, pixels[rows], labels[rows], points[rows], generator
                 )
