@@ -58,14 +58,19 @@ class Pace:
             share = math.sqrt(effort.seconds / wanted)
             rounds, steps = max(2, round(effort.rounds * share)), max(10, round(effort.steps * share))
             fitted = replace(fitted, rounds=min(rounds, effort.rounds), steps=min(steps, effort.steps))
+        if (fitted.rounds, fitted.steps) != (effort.rounds, effort.steps):
             notes.append(f"{fitted.rounds} rounds of {fitted.steps} steps instead of {effort.rounds} of {effort.steps}")
         asked = effort.queries * self.answer * images
         if asked > effort.seconds:
-            fitted = replace(fitted, queries=max(20, round(effort.queries * effort.seconds / asked)))
+            queries = max(20, round(effort.queries * effort.seconds / asked))
+            fitted = replace(fitted, queries=min(queries, effort.queries))
+        if fitted.queries != effort.queries:
             notes.append(f"{fitted.queries} queries an image instead of {effort.queries}")
         probing = 40 * 14 * self.step * effort.probed
         if probing > 2 * effort.seconds:
-            fitted = replace(fitted, probed=max(10, round(effort.probed * 2 * effort.seconds / probing)))
+            probed = max(10, round(effort.probed * 2 * effort.seconds / probing))
+            fitted = replace(fitted, probed=min(probed, effort.probed))
+        if fitted.probed != effort.probed:
             notes.append(f"gates probed on {fitted.probed} images instead of {effort.probed}")
         return fitted, tuple(notes)
 

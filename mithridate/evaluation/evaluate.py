@@ -22,7 +22,7 @@ from mithridate.defenses import Defence, Resources, build_defence, describe_defe
 from mithridate.errors import OptionError
 from mithridate.evaluation.battery import Sent, Suite, Target, base_attacks, columns, names, transferred
 from mithridate.evaluation.cells import CellStore
-from mithridate.evaluation.effort import Effort, pace_of
+from mithridate.evaluation.effort import Effort, Pace, pace_of
 from mithridate.evaluation.environment import environment
 from mithridate.evaluation.findings import Cell, DefenceFindings, Evaluation, Gate, Repeated
 from mithridate.evaluation.front import Front, epsilon_curve, query_curve, round_curve
@@ -71,13 +71,15 @@ def evaluate(plan: EvaluationPlan, work: Path, *, progress: Progress = lambda wh
     plan.bundle.check_fits(plan.data)
     if len(plan.data) < 1:
         raise OptionError(f"{plan.data.spec} holds no image; allowed: at least 1")
-    texts = tuple(dict.fromkeys((_BASE, *(plan.defenses or names(plan.resources)))))
+    # All of them before the first is attacked: one that the bundle cannot serve would else come to light hours later.
+    built = [build_defence(text, plan.resources) for text in (_BASE, *(plan.defenses or names(plan.resources)))]
+    defences = list({defence.name: defence for defence in built}.values())
     run = _Run(plan=plan, store=CellStore.open(work, plan.describe()), progress=progress)
     fronts = []
-    for number, text in enumerate(texts):
-        progress("defences", number, len(texts))
-        fronts.append(run.attack(build_defence(text, plan.resources)))
-    progress("defences", len(texts), len(texts))
+    for number, defence in enumerate(defences):
+        progress("defences", number, len(defences))
+        fronts.append(run.attack(defence))
+    progress("defences", len(defences), len(defences))
     found = run.judge(fronts)
     curves = [query_curve(fronts), round_curve(fronts)]
     if plan.effort.curve:
@@ -136,7 +138,7 @@ class _Run:
         first = self.store.get(defence.name, "transfer", lambda: transferred(target, self.on_base))
         if defence.name != _BASE:
             sent.append(first)
-        pace = pace_of(defence, pixels, seed=plan.seed)
+        pace = Pace(**self.store.remember(defence.name, lambda: asdict(pace_of(defence, pixels, seed=plan.seed))))
         standing = len(pixels) if first.stood is None else int(first.stood[-1].sum())
         effort, reduced = pace.fit(plan.effort, standing)
         target = replace(target, effort=effort)

@@ -41,6 +41,15 @@ def losses(logits: Logits, labels: Labels, loss: Loss, *, confidence: float = to
     return (logits.scatter(2, places, -torch.inf).amax(2) - true).clamp_max(confidence)
 
 
+def in_parts(steps: int, every: int) -> list[int]:
+    """``steps`` in parts of ``every``, the last one shorter where it does not go into them.
+
+    >>> in_parts(25, 10)
+    [10, 10, 5]
+    """
+    return [min(every, steps - start) for start in range(0, steps, every)]
+
+
 def ascend(
     objective: Objective, clean: Pixels, start: Images, *, epsilon: Epsilon, steps: int, step_size: float
 ) -> tuple[Images, Pixels]:
@@ -59,7 +68,8 @@ def ascend(
         best[better] = to_pixels(seen.detach()[better])
         if step < steps:
             (gradient,) = torch.autograd.grad(values.sum(), seen)
-            point = torch.clamp(point + step_size * gradient.sign(), low, high)
+            slope = gradient.nan_to_num(0, 0, 0)  # NaN would be rounded to black, outside the ball
+            point = torch.clamp(point + step_size * slope.sign(), low, high)
     return point, best
 
 
@@ -152,11 +162,6 @@ class LockStep:
     def gradient_steps(self) -> int:
         return self.steps
 
-    @property
-    def rounds(self) -> int:
-        """How often it adapts."""
-        return max(1, self.steps // self.every)
-
     def run(
         self,
         simulation: Simulation,
@@ -182,9 +187,11 @@ class _Plan:
     base_round: bool = True
 
     @property
-    def steps(self) -> int:
-        """Of one round, per model where they widen."""
-        return self.attack.every if isinstance(self.attack, LockStep) else self.attack.steps
+    def steps(self) -> list[int]:
+        """Of each round, per model where they widen."""
+        if isinstance(self.attack, LockStep):
+            return in_parts(self.attack.steps, self.attack.every)
+        return [self.attack.steps] * (self.attack.rounds + 1)
 
 
 def _in_rounds(
@@ -198,7 +205,7 @@ def _in_rounds(
     judge = begin(simulation, pixels, labels, generator, candidates)
     starts = random_start(pixels, plan.attack.epsilon, generator)
     groups = [_Group(plan, simulation, judge, rows, generator) for rows in judge.rows.split(plan.attack.rows)]
-    for number in range(plan.attack.rounds + 1):
+    for number in range(len(plan.steps)):
         for group in groups:
             group.advance(number, pixels, labels, starts)
         judge.remember()
@@ -215,8 +222,8 @@ class _Group:
         self._rows, self._held = rows, list[Any]()
 
     def advance(self, number: int, pixels: Pixels, labels: Labels, points: Images) -> None:
-        """One round: adapts to where the images are now, ascends, and looks at where they came to. Images that fell
-        in an earlier round stay where they were."""
+        """One round: adapts to where the images are now, ascends, and looks at where they came to, but for images that
+        fell in an earlier round: what was found for those stays."""
         plan, rows, attack = self._plan, self._rows, self._plan.attack
         if not bool(self._judge.standing[rows].any()):
             return
@@ -232,7 +239,7 @@ class _Group:
                 each = each[:, 1:]
             return each.mean(1) if plan.reduce == "avg" else each.amin(1)
 
-        steps = plan.steps * (1 + len(held) if plan.widen else 1)
+        steps = plan.steps[number] * (1 + len(held) if plan.widen else 1)
         end, best = ascend(
             objective, pixels[rows], points[rows], epsilon=attack.epsilon, steps=steps, step_size=attack.step_size
         )

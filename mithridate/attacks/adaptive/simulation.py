@@ -125,14 +125,17 @@ class Simulation:
 
     def _margins(self, images: Images, labels: Labels, generator: torch.Generator) -> torch.Tensor:
         self.queries[0] += len(images)
-        scores = self.defence.predict(images, generator=generator, budget=Budget()).scores.double()
-        answers = scores.argmax(1)
+        answer = self.defence.predict(images, generator=generator, budget=Budget())
+        scores = answer.scores.double()
+        right = scores.argmax(1) == labels
+        if answer.abstained is not None:
+            right &= ~answer.abstained.cpu()  # an image that is turned away is not answered rightly
         logs = scores.clamp_min(1e-30).log()
         true = logs.gather(1, labels[:, None])[:, 0]
         lead = true - logs.scatter(1, labels[:, None], -torch.inf).amax(1)
         # Equal scores are answered with the class of the lower index: what the answer says decides.
         tiny = torch.finfo(torch.float64).tiny
-        return torch.where(answers == labels, lead.clamp_min(tiny), lead.clamp_max(-tiny))
+        return torch.where(right, lead.clamp_min(tiny), lead.clamp_max(-tiny))
 
 
 class Judge:

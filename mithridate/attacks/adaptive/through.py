@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mithridate.attacks.adaptive.rounds import CONFIDENCE, Loss, ascend, losses
+from mithridate.attacks.adaptive.rounds import CONFIDENCE, Loss, ascend, in_parts, losses
 from mithridate.attacks.adaptive.simulation import Found, Simulation, begin, random_start
 from mithridate.defenses.base import Budget, Defence
 from mithridate.types import Epsilon, Images, Labels, Pixels, to_pixels
@@ -51,7 +51,7 @@ class ThroughSurrogate:
     ) -> Found:
         judge = begin(simulation, pixels, labels, generator, candidates)
         points, defence = random_start(pixels, self.epsilon, generator), self.twin or simulation.defence
-        for _ in range(max(1, self.steps // self.every)):
+        for steps in in_parts(self.steps, self.every):
             for rows in judge.rows.split(self.rows):
 
                 def objective(images: Images, truth: Labels = labels[rows]) -> torch.Tensor:
@@ -63,7 +63,7 @@ class ThroughSurrogate:
                     pixels[rows],
                     points[rows],
                     epsilon=self.epsilon,
-                    steps=self.every,
+                    steps=steps,
                     step_size=self.step_size,
                 )
                 points[rows] = end
