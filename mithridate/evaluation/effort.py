@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from mithridate.attacks.adaptive.simulation import shown
 from mithridate.defenses.base import Budget, Defence
 from mithridate.errors import OptionError
 from mithridate.types import Pixels, to_images
@@ -19,9 +20,10 @@ _TIMED = 16
 @dataclass(frozen=True, kw_only=True)
 class Effort:
     """``rounds`` of ``steps`` for FPA and GMSA (and twice the steps for lock-step and hijack), ``queries`` an image for
-    black-box attacks, ``repeats`` answers of a random defence for its score and ``checks`` before an attacker believes
-    that one is misread, ``probed`` images for the gates, ``curve`` images for accuracy against epsilon. ``seconds`` is
-    what one attack on one defence may take; what would take longer is made smaller, and the report says so.
+    black-box attacks, ``repeats`` answers of a random defence for its score, ``checks`` (at least half as many) before
+    an attacker believes that one is misread, ``probed`` images for the gates, ``curve`` images for accuracy against
+    epsilon. ``seconds`` is what one attack on one defence may take; what would take longer is made smaller, and the
+    report says so.
     """
 
     rounds: int = 10
@@ -41,6 +43,10 @@ class Effort:
                 raise OptionError(f"{name} {getattr(self, name)} is out of range; allowed: {low} to {high}")
         if not self.seconds > 0:
             raise OptionError(f"seconds {self.seconds:g} is out of range; allowed: above 0")
+
+    def exceeds(self, other: Effort) -> bool:
+        """Whether ``other`` attacks less hard."""
+        return other.rounds < self.rounds or other.steps < self.steps or other.queries < self.queries
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +90,6 @@ def pace_of(defence: Defence, pixels: Pixels, *, seed: int) -> Pace:
         defence.predict(few, generator=generator, budget=Budget())
         answer, started = time.perf_counter() - started, time.perf_counter()
         point = few.clone().requires_grad_()
-        defence.surrogate(point, generator=generator, budget=Budget()).logsumexp(1).sum().backward()
+        shown(defence, point, generator=generator).logsumexp(1).sum().backward()
         step = time.perf_counter() - started
     return Pace(answer=answer / len(few), step=step / len(few))
