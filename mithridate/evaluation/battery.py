@@ -42,6 +42,9 @@ _LOSSES: tuple[Loss, ...] = ("margin", "ce")
 _REDUCTIONS: tuple[Literal["avg", "min"], ...] = ("avg", "min")
 
 _BATCH = 64
+_ASKED = 5
+"""Answers of a random defence to each of Square's points: by one it would keep what was lucky."""
+
 _NOISE = 100
 """Random points an image."""
 
@@ -289,7 +292,7 @@ def _ask(target: Target, name: str, kind: AttackKind) -> Sent:
 
 def _black_box(name: str, target: Target) -> BlackBoxAttack:
     if name == "square":
-        return Square(epsilon=target.epsilon, random=target.random)
+        return Square(epsilon=target.epsilon, random=target.random, repeats=_ASKED if target.random else 1)
     if name == "rays":
         return RayS(epsilon=target.epsilon, random=target.random)
     return RandomNoise(epsilon=target.epsilon, random=target.random)

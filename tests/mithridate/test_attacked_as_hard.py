@@ -71,6 +71,10 @@ def test_a_random_defence_is_not_left_alone_after_a_few_unlucky_draws(
     assert target("none", resources, digits, random=True, effort=Effort(repeats=20)).simulation.checks == 10
     assert target("none", resources, digits, random=True, effort=Effort(repeats=2)).simulation.checks == 3
     assert target("none", resources, digits).simulation.checks == 1
+    few = (digits[0][:2], digits[1][:2])
+    against = target("none", resources, few, random=True, epsilon=Epsilon(1), effort=Effort(queries=10))
+    square = next(column for column in columns(against, "adaptive") if column.name == "square")
+    assert "repeats=5" in square.run(against, []).config
 
 
 @dataclass
