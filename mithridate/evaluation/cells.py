@@ -72,7 +72,7 @@ class CellStore:
 
 def _read(file: Path) -> Sent:
     try:
-        with np.load(file, allow_pickle=False) as stored:
+        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
             told = json.loads(str(stored["told"]))
             arrays: dict[str, Any] = {name: torch.from_numpy(stored[name]) for name in _TENSORS if name in stored}
             del told["defense"]
