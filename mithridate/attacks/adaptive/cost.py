@@ -63,7 +63,7 @@ class CostAttack:
 
         def disagreement(images: Images) -> torch.Tensor:
             votes = searched.votes(searched.embed(images, generator), guides, self.temperature).log_softmax(1)
-            return -(votes.exp() * votes).sum(1)
+            return -(votes.exp() * votes).sum(1).to(images.device)
 
         end, _ = ascend(disagreement, pixels, start, epsilon=self.epsilon, steps=steps, step_size=self.step_size)
         return end

@@ -77,11 +77,12 @@ class Hijack:
 
         def objective(images: Images) -> torch.Tensor:
             embedding = searched.embed(images, generator)
-            votes = searched.votes(embedding, guides, self.temperature)  # [R, C]
+            votes = searched.votes(embedding, guides, self.temperature).to(images.device)  # [R, C]
             margin = losses(votes[:, None], labels, "margin")[:, 0]
             if not self.base:
                 return margin
-            logits = searched.resources.classifier(images)
+            classifier = searched.resources.classifier
+            logits = classifier(images.to(classifier.device)).to(images.device)
             return margin + self.base * losses(logits[:, None], labels, "margin", confidence=CONFIDENCE)[:, 0]
 
         end, _ = ascend(objective, pixels, start, epsilon=self.epsilon, steps=steps, step_size=self.step_size)
@@ -114,6 +115,7 @@ class Searched:
 
     def embed(self, images: Images, generator: torch.Generator) -> torch.Tensor:
         """``[R, D]``, as the defence embeds, differentiable."""
+        images = images.to(self.resources.classifier.device)
         if self.embeds is not None:
             return self.embeds.embed(images, generator=generator)
         return self.resources.classifier.embed(images)

@@ -204,11 +204,14 @@ def _in_rounds(
 ) -> Found:
     judge = begin(simulation, pixels, labels, generator, candidates)
     starts = random_start(pixels, plan.attack.epsilon, generator)
-    groups = [_Group(plan, simulation, judge, rows, generator) for rows in judge.groups(plan.attack.rows)]
-    for number in range(len(plan.steps)):
-        for group in groups:
+    looks = [judge.standing.clone() for _ in plan.steps]
+    for rows in judge.groups(plan.attack.rows):  # one group to the end: what is held of all would fill the memory
+        group = _Group(plan, simulation, judge, rows, generator)
+        for number, look in enumerate(looks):
             group.advance(number, pixels, labels, starts)
-        judge.remember()
+            look[rows] = judge.standing[rows]
+    for look in looks:
+        judge.remember(look)
     return judge.found()
 
 

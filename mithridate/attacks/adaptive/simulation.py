@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from mithridate.attacks.judging import BestPoints
-from mithridate.defenses.base import Budget, Defence
+from mithridate.defenses.base import Budget, Defence, Resources
 from mithridate.types import Epsilon, Images, Labels, Logits, Pixels, to_images
 
 _ROWS = 256
@@ -20,6 +20,9 @@ _ROWS = 256
 @runtime_checkable
 class Holds(Protocol):
     """A defence whose weights depend on the image, and which lets an attacker have them (``RMC``)."""
+
+    @property
+    def resources(self) -> Resources: ...
 
     @property
     def answers_as_base(self) -> bool:
@@ -107,8 +110,9 @@ class Simulation:
     def logits(self, images: Images, held: Sequence[Any], *, generator: torch.Generator) -> Logits:
         """``[N, 1 + M, C]``, base model first, or ``[N, 1, C]``: the defence's surrogate, where nothing is held."""
         if isinstance(self.defence, Holds):
-            return self.defence.held_logits(images, held, generator=generator)
-        return self.defence.surrogate(images, generator=generator, budget=Budget())[:, None]
+            device = self.defence.resources.classifier.device
+            return self.defence.held_logits(images.to(device), held, generator=generator).to(images.device)
+        return shown(self.defence, images, generator=generator)[:, None]
 
     def margins(self, pixels: Pixels, labels: Labels, *, generator: torch.Generator) -> torch.Tensor:
         """float64 ``[N]``: by how much the log score of the true class leads, in the answers a client would get: the
@@ -168,9 +172,9 @@ class Judge:
             self._best.offer(rows, points, margins)
             self.standing[rows] &= margins >= 0
 
-    def remember(self) -> None:
-        """Files who stands now."""
-        self._stood.append(self.standing.clone())
+    def remember(self, stood: torch.Tensor | None = None) -> None:
+        """Files who stands now, or who ``stood``."""
+        self._stood.append(self.standing.clone() if stood is None else stood)
 
     @property
     def rows(self) -> torch.Tensor:
@@ -199,6 +203,12 @@ def begin(
         judge.look(judge.rows, points[judge.rows])
     judge.remember()
     return judge
+
+
+def shown(defence: Defence, images: Images, *, generator: torch.Generator) -> Logits:
+    """What ``defence`` shows attackers of ``images``, which stay where they are: on the CPU, wherever it runs."""
+    device = defence.resources.classifier.device
+    return defence.surrogate(images.to(device), generator=generator, budget=Budget()).to(images.device)
 
 
 def random_start(pixels: Pixels, epsilon: Epsilon, generator: torch.Generator) -> Images:
