@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from benchmarks import results, tables_attacks, tables_random
+from benchmarks import results, tables_attacks, tables_evaluation, tables_random
 from benchmarks.markdown import share, table
 
 
@@ -244,6 +244,8 @@ def _load_agreement(content: dict[str, Any]) -> Iterator[str]:
 _Kind = tuple[Callable[[dict[str, Any]], bool], Callable[[dict[str, Any]], Iterator[str]]]
 
 _KINDS: tuple[_Kind, ...] = (
+    (lambda content: "evaluation" in content, tables_evaluation.evaluation),
+    (lambda content: "adaptive_cost" in content, tables_evaluation.adaptive_cost),
     (lambda content: "clean" in content, tables_random.sap),
     (lambda content: "sampling" in content, tables_random.sap_cost),
     (lambda content: "static" in _rows(content)[0], tables_random.by_attacks),

@@ -1,8 +1,8 @@
 """Defences by name, and several of them as the stages of one.
 
 A defence is ``none``, a neighbour vote, or up to three stages, in this order: *transform* the image (``prm``,
-``randomization``, ``pixel-deflection``), *adapt* the weights (``rmc``), *average* many passes (``sap``, ``region``):
-``prm+rmc+sap``.
+``randomization``, ``pixel-deflection``), *adapt* the weights (``rmc``), *average* many passes (``sap``, ``region``,
+``tta``): ``prm+rmc+sap``.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from mithridate.defenses.region import RegionConfig, Surroundings
 from mithridate.defenses.rmc_scopes import RMCOptions
 from mithridate.defenses.sampled import Sampled
 from mithridate.defenses.sap import Pruner, SAPConfig
+from mithridate.defenses.tta import TTAConfig, Views
 from mithridate.errors import OptionError
 
 DEFAULT_DEFENCES = ("none", "rmc", "webnn", "deepnn")
@@ -43,6 +44,7 @@ DESCRIPTIONS = {
     "sap": "100 passes are averaged, in each a random part of all activations is dropped: 100 times the cost",
     "randomization": "the image at a random size, somewhere on a larger canvas",
     "region": "the majority vote of 1,000 points around the image: 1,000 times the cost",
+    "tta": "the mean over the image mirrored and moved by a pixel: 10 times the cost (5 in grey)",
     "pixel-deflection": "some pixels are replaced by others nearby, then wavelets take the noise away",
     "webnn": "what the nearest exemplars are, clean and adversarial, averaged",
     "deepnn": "what the nearest clean exemplars are, averaged",
@@ -93,6 +95,7 @@ _LAST: Mapping[str, _Last] = {
         make=lambda resources, config: Surroundings(resources=resources, config=config),
         reduce="vote",
     ),
+    "tta": _Last(config=TTAConfig(), make=lambda resources, config: Views(resources=resources, config=config)),
 }
 _ALONE: Mapping[str, _Alone] = {
     "webnn": _Alone(
@@ -244,12 +247,12 @@ def _make(stages: Sequence[_Stage], resources: Resources) -> Defence:
 
 def _averaging(stage: _Stage, resources: Resources) -> Averaging:
     last = _LAST[stage.family]
-    return Averaging(
-        sampler=last.make(resources, stage.options),
-        passes=stage.options.passes,
-        attack_passes=stage.options.attack_passes,
-        reduce=last.reduce,
-    )
+    sampler = last.make(resources, stage.options)
+    if isinstance(sampler, Views):  # so many passes as there are views, and attackers are given them all
+        views = len(sampler.views)
+        return Averaging(sampler=sampler, passes=views, attack_passes=views)
+    options = stage.options
+    return Averaging(sampler=sampler, passes=options.passes, attack_passes=options.attack_passes, reduce=last.reduce)
 
 
 def _transforming(stage: _Stage, resources: Resources) -> Averaging:

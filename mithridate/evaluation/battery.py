@@ -38,7 +38,6 @@ _ROUNDS = ("gmsa-avg", "gmsa-min", "lock-step")
 """Against a defence that adapts nothing these are what FPA is: gradient steps on the one model there is."""
 
 _LOSSES: tuple[Loss, ...] = ("margin", "ce")
-_REDUCTIONS: tuple[Literal["avg", "min"], ...] = ("avg", "min")
 
 _BATCH = 64
 _NOISE = 100
@@ -109,17 +108,16 @@ def columns(target: Target, suite: Suite) -> list[Column]:
     if suite == "standard":
         return found
     fpa = [FPA(epsilon=epsilon, rounds=effort.rounds, steps=steps, step_size=size, loss=loss) for loss in _LOSSES]
-    average, least = (
-        [
-            GMSA(epsilon=epsilon, reduce=reduce, rounds=effort.rounds, steps=steps, step_size=size, loss=loss)
-            for loss in _LOSSES
-        ]
-        for reduce in _REDUCTIONS
-    )
+    average = [
+        GMSA(epsilon=epsilon, reduce="avg", rounds=effort.rounds, steps=steps, step_size=size, loss=loss)
+        for loss in _LOSSES
+    ]
+    rounds = effort.least_rounds or effort.rounds
+    least = [GMSA(epsilon=epsilon, reduce="min", rounds=rounds, steps=steps, step_size=size)]
     found += [
         _adaptive("fpa", fpa),
         _adaptive("gmsa-avg", average),
-        _adaptive("gmsa-min", least[:1]),
+        _adaptive("gmsa-min", least),
         _adaptive("lock-step", [LockStep(epsilon=epsilon, steps=twice, step_size=small)]),
     ]
     if not target.simulation.holds:

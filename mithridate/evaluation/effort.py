@@ -18,13 +18,15 @@ _TIMED = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Effort:
-    """``rounds`` of ``steps`` for FPA and GMSA (and twice the steps for lock-step and hijack), ``queries`` an image for
+    """``rounds`` of ``steps`` for FPA and GMSA (and twice the steps for lock-step and hijack), ``least_rounds`` of
+    GMSA-MIN, whose rounds grow with the models (as many unless given), ``queries`` an image for
     black-box attacks, ``repeats`` answers of a random defence for its score and ``checks`` before an attacker believes
     that one is misread, ``probed`` images for the gates, ``curve`` images for accuracy against epsilon. ``seconds`` is
     what one attack on one defence may take; what would take longer is made smaller, and the report says so.
     """
 
     rounds: int = 10
+    least_rounds: int | None = None
     steps: int = 40
     queries: int = 1000
     repeats: int = 20
@@ -60,6 +62,11 @@ class Pace:
             fitted = replace(fitted, rounds=min(rounds, effort.rounds), steps=min(steps, effort.steps))
         if (fitted.rounds, fitted.steps) != (effort.rounds, effort.steps):
             notes.append(f"{fitted.rounds} rounds of {fitted.steps} steps instead of {effort.rounds} of {effort.steps}")
+        growing = fitted.steps * self.step * images
+        most = max(2, math.floor(math.sqrt(2 * effort.seconds / growing + 0.25) - 1.5)) if growing else fitted.rounds
+        if most < fitted.rounds:
+            fitted = replace(fitted, least_rounds=most)
+            notes.append(f"{most} rounds of gmsa-min instead of {effort.rounds}")
         asked = effort.queries * self.answer * images
         if asked > effort.seconds:
             queries = max(20, round(effort.queries * effort.seconds / asked))

@@ -61,7 +61,9 @@ class EvaluationPlan:
             "epsilon": str(self.epsilon),
             "suite": self.suite,
             "seed": self.seed,
-            "effort": {key: value for key, value in asdict(self.effort).items() if key != "curve"},
+            "effort": {
+                key: value for key, value in asdict(self.effort).items() if key not in ("curve", "least_rounds")
+            },
         }
 
 

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch.nn import functional as F
 
-from mithridate.attacks import parse_attack
+from mithridate.attacks import Forward, parse_attack
 from mithridate.attacks.black_box import Square
 from mithridate.attacks.in_process import InProcessOracle
 from mithridate.defenses.base import (
@@ -29,7 +29,7 @@ from mithridate.defenses.base import (
 )
 from mithridate.defenses.none import base_pass
 from mithridate.evaluation.findings import AttackKind
-from mithridate.evaluation.probes import surrogate
+from mithridate.evaluation.probes import averaged, surrogate
 from mithridate.evaluation.repeated import is_random, score
 from mithridate.evaluation.trust import Tried
 from mithridate.models import Classifier
@@ -41,6 +41,9 @@ TEMPERATURE = 1000.0
 LEVELS = 16
 NOISE = 0.02
 """Standard deviation, in units of the pixel range."""
+
+DRAWS = 10
+"""Averaged for a gradient by the attacker who has found the hidden randomness out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,13 +108,16 @@ class _Shaken:
     source: torch.Generator
 
     def __call__(self, classifier: Classifier, images: Images) -> Logits:
-        side, source = images.shape[-1], self.source
-        size = int(torch.randint(round(0.9 * side), side + 1, (), generator=source))
-        left, top = (int(torch.randint(side - size + 1, (), generator=source)) for _ in range(2))
-        small = F.interpolate(images, size=(size, size), mode="nearest")
-        whole = F.pad(small, (left, side - size - left, top, side - size - top))
-        noise = NOISE * torch.randn(whole.shape, generator=source).to(whole.device)
-        return _plain(classifier, (whole + noise).clamp(0, 1))
+        seen = torch.cat([self._one(image[None]) for image in images])
+        noise = NOISE * torch.randn(seen.shape, generator=self.source).to(seen.device)
+        return _plain(classifier, (seen + noise).clamp(0, 1))
+
+    def _one(self, image: Images) -> Images:
+        side = image.shape[-1]
+        size = int(torch.randint(round(0.9 * side), side + 1, (), generator=self.source))
+        left, top = torch.randint(side - size + 1, (2,), generator=self.source).tolist()
+        small = F.interpolate(image, size=(size, size), mode="nearest")
+        return F.pad(small, (left, side - size - left, top, side - size - top))
 
 
 _killed: Path = partial(_rounded, levels=256)  # on 8-bit images it changes nothing but the gradient
@@ -135,23 +141,26 @@ def attack_planted(
     defence: Defence, base: Defence, pixels: Pixels, labels: Labels, *, epsilon: Epsilon, seed: int, queries: int = 500
 ) -> list[Tried]:
     """A small suite that breaks all of ``PLANTED``: PGD on the base, PGD with two losses on what the defence shows,
-    Square on what it answers. ``pixels`` uint8 ``[N, C, H, W]``, ``labels`` ``[N]``."""
-    generator = torch.Generator().manual_seed(seed)
-    kinds: dict[str, tuple[AttackKind, Defence]] = {
-        "pgd40": ("transfer", base),
-        "pgd40x2": ("white-box", defence),
-        "pgd40x2-margin": ("white-box", defence),
-    }
+    with the mean of ``DRAWS`` answers on what a random one hides, Square on what it answers. ``pixels`` uint8
+    ``[N, C, H, W]``, ``labels`` ``[N]``."""
+    generator, random = torch.Generator().manual_seed(seed), is_random(defence, pixels, seed=seed)
+    shown = surrogate(defence, generator)
+    climbs: list[tuple[str, AttackKind, Forward]] = [
+        ("pgd40", "transfer", surrogate(base, generator)),
+        ("pgd40x2", "white-box", shown),
+        ("pgd40x2-margin", "white-box", shown),
+    ]
+    if random:
+        hidden = partial(defence.answers, defence.resources.classifier) if isinstance(defence, Planted) else shown
+        climbs.append(("pgd40", "adaptive", averaged(hidden, DRAWS)))
     tried = []
-    for name, (kind, whose) in kinds.items():
+    for name, kind, forward in climbs:
         attack = parse_attack(name, epsilon=epsilon)
-        sent = attack.run(surrogate(whose, generator), pixels, labels, generator=generator)
+        sent = attack.run(forward, pixels, labels, generator=generator)
         tried.append(_sent(defence, name, kind, sent, labels, epsilon, seed))
     classes = defence.predict(to_images(pixels[:1]), generator=generator, budget=Budget()).scores.shape[1]
     oracle = InProcessOracle(defence, classes=classes, seed=seed)
-    asked = Square(epsilon=epsilon, random=is_random(defence, pixels, seed=seed)).run(
-        oracle, pixels, labels, seed=seed, budget=queries
-    )
+    asked = Square(epsilon=epsilon, random=random).run(oracle, pixels, labels, seed=seed, budget=queries)
     found = tuple((asked.broken_at > 0).tolist())
     tried.append(replace(_sent(defence, "square", "black-box", asked.pixels, labels, epsilon, seed), found=found))
     return tried
@@ -161,5 +170,5 @@ def _sent(
     defence: Defence, attack: str, kind: AttackKind, pixels: Pixels, labels: Labels, epsilon: Epsilon, seed: int
 ) -> Tried:
     right = score(defence, pixels, labels, repeats=1, seed=seed, random=False).right
-    name = f"{attack} from the base" if kind == "transfer" else attack
+    name = {"transfer": f"{attack} from the base", "adaptive": f"{attack} on {DRAWS} draws"}.get(kind, attack)
     return Tried(attack=name, kind=kind, pixels=pixels, right=right, epsilon=epsilon)

@@ -102,6 +102,29 @@ def test_is_the_published_algorithm(steps: int) -> None:
     assert halvings > 8  # of them on an average image more than one, or this has shown little
 
 
+def test_a_climb_that_never_gets_back_to_its_best_takes_smaller_steps() -> None:
+    """Condition 2: almost every step rises, but from a fall after the start."""
+    _, weight, _ = linear(1)
+
+    def scripted() -> Forward:
+        calls = iter([5.0, *(0.1 * step for step in range(40))])
+
+        def forward(images: torch.Tensor) -> torch.Tensor:
+            lead = 1e-4 * (images.double().flatten(1) @ weight[0].double()).cos() + next(calls)
+            return torch.stack([torch.zeros_like(lead), lead], 1)
+
+        return forward
+
+    image, label, seen = random_pixels(0, 1), torch.tensor([0]), []
+    run(attack_of("ce", levels=40, steps=40), recorded(scripted(), seen), image, label, seed=5)
+    noise = torch.rand(image.shape, generator=torch.Generator().manual_seed(5))
+    start = to_images(image) + (2 * noise - 1) * (40 / 255)
+    shown, halved = published(scripted(), image[0], 0, start[0], 40 / 255, 40)
+    assert halved >= 4
+    for point, wanted in zip(seen, shown, strict=True):
+        assert torch.equal(point[0], to_pixels(wanted))
+
+
 def test_looks_at_the_step_size_when_the_paper_does() -> None:
     assert list(checkpoints(100)) == [22, 41, 57, 70, 80, 87, 93, 99]
     for steps in (1, 2, 5, 33, 1000):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mithridate.attacks import APGD, PGD, Trace, parse_attack
+from mithridate.attacks.balls import Norm
 from mithridate.attacks.losses import LOSSES, LossName
 from mithridate.datasets import LabelledImages
 from mithridate.defenses import Resources
@@ -117,10 +118,11 @@ def test_an_l2_attack_finds_the_shortest_way_of_a_linear_network(attack: PGD | A
     assert (fallen > 0.97 * weight.norm() * 120 / 255).all()
 
 
-def test_a_gradient_of_nan_takes_nobody_out_of_the_ball() -> None:
-    """The gradient alone: a loss that is fine, so that such a point would be returned."""
+@pytest.mark.parametrize(("norm", "levels"), [("linf", 8), ("l2", 60)])
+def test_a_gradient_of_nan_is_a_gap_and_no_end(norm: Norm, levels: int) -> None:
+    """The gradient alone, of one colour: the others still show the way."""
     plain, _, _ = linear(0)
-    pixels, trace = random_pixels(0, 4), Trace()
+    pixels, trace, shown = random_pixels(0, 4), Trace(), []
 
     class Poison(torch.autograd.Function):
         @staticmethod
@@ -133,16 +135,18 @@ def test_a_gradient_of_nan_takes_nobody_out_of_the_ball() -> None:
             poisoned[:, 0] = torch.nan
             return poisoned
 
-    found = pgd(levels=8).run(
-        lambda images: plain(Poison.apply(images)),
-        pixels,
-        answers(plain, pixels),
-        generator=torch.Generator().manual_seed(0),
-        trace=trace,
-    )
-    assert (found.int() - pixels.int()).abs().max() <= 8
+    def poisoned(images: torch.Tensor) -> torch.Tensor:
+        shown.append(to_pixels(images.detach()))
+        return plain(Poison.apply(images))
+
+    labels, generator = answers(plain, pixels), torch.Generator().manual_seed(0)
+    attack = pgd(levels=levels, norm=norm, random_start=False)
+    found = attack.run(poisoned, pixels, labels, generator=generator, trace=trace)
+    for point in (found, *shown):
+        assert (point.int() - pixels.int()).abs().max() <= levels
     assert torch.allclose(trace.nans, torch.tensor(1 / 3, dtype=torch.float64))
-    assert not torch.equal(found[:, 1:], pixels[:, 1:])
+    assert torch.equal(found[:, 0], pixels[:, 0])
+    assert ((found[:, 1:] != pixels[:, 1:]).flatten(1).sum(1) > 16).all()
 
 
 def test_a_network_without_a_gradient_is_no_error() -> None:

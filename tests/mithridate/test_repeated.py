@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mithridate.defenses import Budget, Outcome, Prediction, Request, Resources, build_defence
 from mithridate.defenses.base import Batch, answer_one, answer_together
-from mithridate.evaluation.repeated import all_right, at_least_one_miss, is_random, score
+from mithridate.evaluation.repeated import Scored, all_right, at_least_one_miss, is_random, score
 from mithridate.types import Images, Logits
 
 IMAGES = torch.arange(4, dtype=torch.uint8).view(4, 1, 1, 1).expand(4, 1, 2, 2).contiguous()
@@ -85,9 +85,12 @@ def test_twenty_right_answers_do_not_show_a_hundred() -> None:
 
 
 def test_persistent_accuracy_never_rises_with_the_tries() -> None:
-    """Also where the estimate changes from one kind to the other: every image missed once in 20."""
-    persistent = score(Coin(wrong=(0.05,) * 4), IMAGES, LABELS, repeats=20, seed=3).repeated.persistent
-    assert persistent[1] >= persistent[10] >= persistent[100]
+    """Also where the estimate changes from one kind to the other: misread once in 10, so 10 tries leave nothing, and
+    the prior alone would leave 3 % of 100."""
+    persistent = Scored(asked=10, wrong=(1,) * 4, right=(True,) * 4, random=True).repeated.persistent
+    assert all_right(1, 10, 100) > 0.02
+    assert persistent[1] == pytest.approx(0.9)
+    assert persistent[10] == persistent[100] == 0
 
 
 def test_a_defence_without_chance_is_asked_once(resources: Resources) -> None:

@@ -57,7 +57,7 @@ class Hijack:
         judge = begin(simulation, pixels, labels, generator, candidates)
         points = random_start(pixels, self.epsilon, generator)
         for steps in in_parts(self.steps, self.every):
-            for rows in judge.rows.split(self.rows):
+            for rows in judge.groups(self.rows):
                 points[rows] = self._some_steps(searched, steps, pixels[rows], labels[rows], points[rows], generator)
             judge.look(judge.rows, to_pixels(points[judge.rows]))
             judge.remember()

@@ -203,7 +203,7 @@ def _in_rounds(
 ) -> Found:
     judge = begin(simulation, pixels, labels, generator, candidates)
     starts = random_start(pixels, plan.attack.epsilon, generator)
-    groups = [_Group(plan, simulation, judge, rows, generator) for rows in judge.rows.split(plan.attack.rows)]
+    groups = [_Group(plan, simulation, judge, rows, generator) for rows in judge.groups(plan.attack.rows)]
     for number in range(len(plan.steps)):
         for group in groups:
             group.advance(number, pixels, labels, starts)

@@ -163,6 +163,11 @@ class Judge:
         """int64: the images that still stand."""
         return self.standing.nonzero()[:, 0]
 
+    def groups(self, size: int) -> list[torch.Tensor]:
+        """The same, ``size`` at a time; none where nobody stands."""
+        rows = self.rows
+        return list(rows.split(size)) if len(rows) else []
+
     def found(self) -> Found:
         return Found(pixels=self._best.pixels, stood=torch.stack(self._stood))
 

@@ -52,7 +52,7 @@ class ThroughSurrogate:
         judge = begin(simulation, pixels, labels, generator, candidates)
         points, defence = random_start(pixels, self.epsilon, generator), self.twin or simulation.defence
         for steps in in_parts(self.steps, self.every):
-            for rows in judge.rows.split(self.rows):
+            for rows in judge.groups(self.rows):
 
                 def objective(images: Images, truth: Labels = labels[rows]) -> torch.Tensor:
                     logits = defence.surrogate(images, generator=generator, budget=Budget())

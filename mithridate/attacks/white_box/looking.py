@@ -39,7 +39,7 @@ def look(forward: Forward, loss: Loss, sent: Pixels, labels: Labels, *, slope: b
 
 
 def steady(slope: torch.Tensor) -> torch.Tensor:
-    """0 for what is NaN or infinite: one such step would stay in the iterate for good. Overwrites ``slope``."""
+    """0 for what is NaN or infinite, so that the other entries still show the way. Overwrites ``slope``."""
     return slope.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
 
 
