@@ -68,8 +68,7 @@ def ascend(
         best[better] = to_pixels(seen.detach()[better])
         if step < steps:
             (gradient,) = torch.autograd.grad(values.sum(), seen)
-            slope = gradient.nan_to_num(0, 0, 0)  # NaN would be rounded to black, outside the ball
-            point = torch.clamp(point + step_size * slope.sign(), low, high)
+            point = torch.clamp(point + step_size * gradient.sign(), low, high)  # the sign of NaN is 0
     return point, best
 
 
