@@ -260,6 +260,7 @@ _KINDS: tuple[_Kind, ...] = (
     (lambda content: "agreement" in content, _load_agreement),
     (lambda content: "gradients" in content, tables_random.pixels),
     (lambda content: "bare_seconds" in content, tables_attacks.cost),
+    (lambda content: "extras" in content, tables_attacks.extras),
 )
 
 

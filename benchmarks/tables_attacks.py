@@ -1,4 +1,4 @@
-"""What attacks cost, as tables."""
+"""What attacks cost, and what was asked beside the matrix, as tables."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.markdown import table
+from mithridate.evaluation.findings import Share
+from mithridate.evaluation.wording import entry_text
 
 
 def cost(content: dict[str, Any]) -> Iterator[str]:
@@ -19,3 +21,18 @@ def cost(content: dict[str, Any]) -> Iterator[str]:
         [f"attack, {content['rounds']} rounds", "x bare", "least", "most"],
         [[row["attack"], *(f"{row[key]:.3f}" for key in ("factor", "least", "most"))] for row in content["rows"]],
     )
+
+
+def extras(content: dict[str, Any]) -> Iterator[str]:
+    """``red_team_extras``."""
+    yield f"\n{content['images']} images, epsilon {content['epsilon']}"
+    for extra in content["extras"]:
+        yield f"\n**{extra['title']}**" + (f" (FAILED: {', '.join(extra['failed'])})" if extra["failed"] else "")
+        yield from table(
+            extra["columns"],
+            [
+                [entry_text(Share(**entry) if isinstance(entry, dict) else entry) for entry in row]
+                for row in extra["rows"]
+            ],
+        )
+        yield f"\n{extra['note']}"

@@ -45,7 +45,7 @@ def evaluate(
     load: Annotated[Path | None, typer.Option(help="summary.json of mithridate load, for the report")] = None,
     card: Annotated[bool, typer.Option("--card/--no-card", help="Write the verdict into the bundle")] = True,
     strict: Annotated[
-        bool, typer.Option("--strict", help="Exit with 1 where a defence is harmful or not trustworthy")
+        bool, typer.Option("--strict", help="Exit with 1 where a defence is harmful, not trustworthy or contaminated")
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what an interrupted run left in --out")] = False,
     arch: shared.ArchOption = None,
@@ -108,7 +108,8 @@ def evaluate(
     else:
         _print(found)
         note(f"report: {out / 'report.html'}")
-    if strict and any(one.ruling in ("harmful", "not trustworthy") for one in found.defences):
+    contaminated = any(extra.failed for extra in found.extras)
+    if strict and (contaminated or any(one.ruling in ("harmful", "not trustworthy") for one in found.defences)):
         raise typer.Exit(1)
 
 
@@ -152,5 +153,8 @@ def _print(found: Evaluation) -> None:
             for one in found.defences
         ],
     )
+    for extra in found.extras:
+        if extra.failed:
+            note(f"{extra.title}: succeeded, and must not, against {', '.join(extra.failed)}")
     for line in found.notes:
         note(f"made smaller: {line}")

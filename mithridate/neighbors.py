@@ -83,8 +83,11 @@ class NeighborIndex:
         return self._device
 
     @classmethod
-    def build(cls, embeddings: NDArray[np.float32], *, factory: str = AUTO, metric: Metric = "l2") -> NeighborIndex:
-        """Trains and fills an index. ``factory`` is a FAISS factory string, or ``auto`` (exact, ``Flat``).
+    def build(
+        cls, embeddings: NDArray[np.float32], *, factory: str = AUTO, metric: Metric = "l2", probes: int = 1
+    ) -> NeighborIndex:
+        """Trains and fills an index. ``factory`` is a FAISS factory string, or ``auto`` (exact, ``Flat``). ``probes``:
+        how many cells a search looks into, where the index has cells.
 
         Raises OptionError for a factory that FAISS refuses, and for an unknown metric.
         """
@@ -93,6 +96,8 @@ class NeighborIndex:
             vectors = _vectors_for_faiss(embeddings, metric)
             index.train(vectors)
             index.add(vectors)
+            if isinstance(index, faiss.IndexIVF):
+                index.nprobe = probes
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1]
             raise OptionError(f"FAISS refuses the index {factory!r} for {embeddings.shape}: {reason}") from error

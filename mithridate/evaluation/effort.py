@@ -22,8 +22,9 @@ class Effort:
     """``rounds`` of ``steps`` for FPA and GMSA (and twice the steps for lock-step and hijack), ``least_rounds`` of
     GMSA-MIN, whose rounds grow with the models (as many unless given), ``queries`` an image for black-box attacks,
     ``repeats`` answers of a random defence for its score, ``checks`` (at least half as many) before an attacker
-    believes that one is misread, ``probed`` images for the gates, ``curve`` images for accuracy against epsilon. ``seconds`` is
-    what one attack on one defence may take; what would take longer is made smaller, and the report says so.
+    believes that one is misread, ``probed`` images for the gates, ``curve`` images for accuracy against epsilon.
+    ``seconds`` is what one attack on one defence may take; what would take longer is made smaller, and the report says
+    so.
     """
 
     rounds: int = 10

@@ -24,7 +24,8 @@ from mithridate.evaluation.battery import Sent, Suite, Target, base_attacks, col
 from mithridate.evaluation.cells import CellStore
 from mithridate.evaluation.effort import Effort, Pace, pace_of
 from mithridate.evaluation.environment import environment
-from mithridate.evaluation.findings import Cell, DefenceFindings, Evaluation, Gate, Repeated
+from mithridate.evaluation.extras import Ground, run_extras
+from mithridate.evaluation.findings import Cell, DefenceFindings, Evaluation, Extra, Gate, Repeated
 from mithridate.evaluation.front import Front, epsilon_curve, query_curve, round_curve
 from mithridate.evaluation.probes import ProbeSettings
 from mithridate.evaluation.repeated import Scored, is_random, score
@@ -87,6 +88,7 @@ def evaluate(plan: EvaluationPlan, work: Path, *, progress: Progress = lambda wh
         fronts.append(run.attack(defence))
     progress("defences", len(defences), len(defences))
     found = run.judge(fronts)
+    extras = run.extras(fronts) if plan.suite == "full" else ()
     curves = [query_curve(fronts), round_curve(fronts)]
     if plan.effort.curve:
         curves.insert(0, epsilon_curve(fronts, plan.effort.curve, progress))
@@ -112,6 +114,7 @@ def evaluate(plan: EvaluationPlan, work: Path, *, progress: Progress = lambda wh
         defences=tuple(found),
         curves=tuple(curve for curve in curves if curve is not None),
         strips=draw_strips(fronts, found, plan.data.classes),
+        extras=extras,
         notes=tuple(note for front in fronts for note in front.notes),
     )
 
@@ -122,6 +125,7 @@ class _Run:
     store: CellStore
     progress: Progress
     on_base: list[Sent] = field(default_factory=list)
+    worst: dict[str, Pixels] = field(default_factory=dict)
 
     def attack(self, defence: Defence) -> Front:
         """All of the suite's, each as hard as the pace of ``defence`` allows."""
@@ -171,6 +175,11 @@ class _Run:
             found.append(self._judge(front, others, found[0] if found else None, fronts[0]))
         self.progress("judging", len(fronts), len(fronts))
         return found
+
+    def extras(self, fronts: Sequence[Front]) -> tuple[Extra, ...]:
+        """What is asked beside the matrix, of defences that were judged."""
+        grounds = [Ground(front=front, worst=self.worst[front.name]) for front in fronts]
+        return run_extras(grounds, self.plan.bundle, self.store, progress=self.progress)
 
     def _judge(
         self, front: Front, others: Sequence[Sent], base: DefenceFindings | None, base_front: Front
@@ -255,6 +264,7 @@ class _Run:
                 asked = self._score(few, few.pixels, salt=_WORST_SEED + 1 + number) if target.random else None
                 wrong = torch.ones(len(fell), dtype=most.dtype) if asked is None else torch.tensor(asked.wrong)
                 _take(worst, most, fell, few.pixels, wrong)
+        self.worst[front.name] = worst
         if not target.random:
             return tuple((most == 0).tolist()), None
         last = self._score(target, worst, salt=_WORST_SEED)

@@ -170,6 +170,30 @@ class Strip:
     neighbors_attacked: tuple[Exemplar, ...] = ()
 
 
+ExtraKind = Literal["unseen", "cost", "contamination", "index"]
+"""``unseen``: attacks that the index holds no copies of; ``cost``: images that keep a defence busy; ``contamination``:
+one client's images against another's answers; ``index``: exact against approximate search."""
+
+Entry = str | int | float | Share | None
+"""Of a table: None where there is nothing to say."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extra:
+    """A question beside the matrix, answered in a table: each of ``rows`` has an entry for each of ``columns``.
+
+    ``failed``: of the first column, those that did not pass what every one of them has to; None where there is nothing
+    to pass.
+    """
+
+    kind: ExtraKind
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Entry, ...], ...]
+    note: str
+    failed: tuple[str, ...] | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """A whole run."""
@@ -191,6 +215,7 @@ class Evaluation:
     defences: tuple[DefenceFindings, ...]
     curves: tuple[Curve, ...] = ()
     strips: tuple[Strip, ...] = ()
+    extras: tuple[Extra, ...] = ()
     notes: tuple[str, ...] = ()
     """What was left out or made smaller, in words."""
     service: dict[str, Any] | None = field(default=None)

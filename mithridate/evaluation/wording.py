@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 
-from mithridate.evaluation.findings import DefenceFindings, Gate, Paired, Ruling
+from mithridate.evaluation.findings import DefenceFindings, Entry, Gate, Paired, Ruling, Share
 from mithridate.evaluation.statistics import Interval
 
 NOT_MEASURED = "not measured"
@@ -102,6 +102,21 @@ def factor(latency: float) -> str:
     if not math.isfinite(latency):
         return NOT_MEASURED
     return f"{latency:.0f} {_TIMES}" if latency >= 20 else f"{latency:.1f} {_TIMES}"
+
+
+def entry_text(entry: Entry) -> str:
+    """Of a table: 12.3, 1,250, 48.0 % with its interval; small numbers in powers of ten."""
+    if entry is None:
+        return _DASH
+    if isinstance(entry, Share):
+        return f"{percent(entry.value)} ({span(entry.interval)})" if entry.n else NOT_MEASURED
+    if isinstance(entry, float):
+        if not math.isfinite(entry):
+            return _DASH
+        if entry == 0:
+            return "0"
+        return f"{entry:.1e}" if abs(entry) < 1e-3 else f"{entry:,.0f}" if abs(entry) >= 1000 else f"{entry:.3g}"
+    return f"{entry:,}" if isinstance(entry, int) else entry
 
 
 def printable(text: str) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from browser_helpers import Browser, find_browser
 from evaluation_helpers import synthetic, ugly
+from extras_helpers import APART, COST, MADE, STANDS
 
 from mithridate.evaluation.report import write_report
 
@@ -18,7 +20,8 @@ PAPER = 703
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The addresses of a fair and an ugly report."""
     out = tmp_path_factory.mktemp("reports")
-    for name, evaluation in (("fair", synthetic()), ("ugly", ugly())):
+    extras = (COST, APART, STANDS, MADE)
+    for name, evaluation in (("fair", synthetic(extras=extras)), ("ugly", replace(ugly(), extras=extras))):
         write_report(evaluation, out / name)
     return {name: (out / name / "report.html").as_uri() for name in ("fair", "ugly")}
 

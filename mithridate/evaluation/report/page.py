@@ -33,7 +33,9 @@ def render(evaluation: Evaluation) -> str:
         lstrip_blocks=True,
     )
     said = ("percent", "number", "span", "points", "points_span", "p_value", "factor", "stated_ruling")
-    environment.globals.update({name: getattr(wording, name) for name in (*said, "ruling_in_words", "failed_gates")})
+    environment.globals.update(
+        {name: getattr(wording, name) for name in (*said, "ruling_in_words", "failed_gates", "entry_text")}
+    )
     environment.globals.update({name: getattr(verdicts, name) for name in ("difference_bar", "standing_bars")})
     environment.globals.update({name: getattr(matrix, name) for name in ("fallen", "strongest", "heat")})
     environment.globals.update(applied_gates=wording.applied_gates, share_of=_share_of, is_small=_is_small)

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mithridate.evaluation.findings import AttackKind, Cell, DefenceFindings, Evaluation
+from mithridate.evaluation.findings import AttackKind, Cell, DefenceFindings, Evaluation, ExtraKind
 
 KNOWLEDGE: dict[AttackKind, str] = {
     "noise": "nothing: random points inside the ball",
@@ -72,9 +72,11 @@ def techniques(evaluation: Evaluation) -> list[Entry]:
         ("AML.T0043.002", "Craft adversarial data: black-box transfer"): _of_kind(cells, "transfer"),
         ("AML.T0042", "Verify attack"): "every example, scored again on the defence" if cells else "",
         ("AML.T0015", "Evade AI model"): "every attack" if cells else "",
-        ("AML.T0031", "Erode AI model integrity"): _called(cells, "contamination"),
-        ("AML.T0034", "Cost harvesting"): _called(cells, "cost"),
-        ("AML.T0029", "Denial of AI service"): "the load test" if evaluation.service else "",
+        ("AML.T0031", "Erode AI model integrity"): _asked(evaluation, "contamination"),
+        ("AML.T0034", "Cost harvesting"): _asked(evaluation, "cost"),
+        ("AML.T0029", "Denial of AI service"): _names(
+            said for said in (_asked(evaluation, "cost"), "the load test" if evaluation.service else "") if said
+        ),
     }
     return [Entry(id=id_, name=name, by=by) for (id_, name), by in found.items() if by]
 
@@ -105,8 +107,9 @@ def _of_kind(cells: list[Cell], *kinds: AttackKind) -> str:
     return _names(cell.attack for cell in cells if cell.kind in kinds)
 
 
-def _called(cells: list[Cell], word: str) -> str:
-    return _names(cell.attack for cell in cells if word in cell.attack.lower().split("-"))
+def _asked(evaluation: Evaluation, kind: ExtraKind) -> str:
+    """Beside the matrix: the title of what was asked."""
+    return _names(extra.title for extra in evaluation.extras if extra.kind == kind)
 
 
 def _names(names: Iterator[str]) -> str:
