@@ -36,7 +36,10 @@ def run_campaign(plan: CampaignPlan, *, progress: Progress, workspace: Workspace
     defenses = _choose(plan.defenses or (offered.default,), offered.names)
     known = workspace.begin(plan.identity(service, defenses)) if workspace else []
     crafted = _craft(plan, progress)
-    outcomes = _send(plan, _shots(plan, defenses, crafted), known, workspace, progress)
+    if workspace is not None:
+        for made in crafted:  # what was sent before must be what is sent now
+            workspace.settle(f"examples of {made.attack}", made.digest)
+    outcomes = _send(plan, _shots(plan, defenses, crafted), known, workspace, progress, bundle=service.digest)
     kinds = (CLEAN, *plan.attacks)
     return CampaignResult(
         plan=plan,
@@ -83,6 +86,8 @@ def _send(
     known: Sequence[Outcome],
     workspace: Workspace | None,
     progress: Progress,
+    *,
+    bundle: str,
 ) -> list[Outcome]:
     """What came of all ``shots``; those that are ``known`` are not sent again."""
     truth = plan.data.labels
@@ -102,6 +107,7 @@ def _send(
                 seed=plan.seed,
                 progress=lambda done, total: progress("send", done, total),
                 record=record,
+                bundle=bundle,
             )
 
     return [*before.values(), *asyncio.run(send())]

@@ -21,8 +21,10 @@ from attack_client.answers import Answer, BundleDescription, Defenses, parse_ans
 from attack_client.retry import RetryPolicy
 from mithridate.errors import InputError, MithridateError, OptionError
 from mithridate.evaluation.card import Card
+from mithridate.evaluation.wording import printable
 
 _TRY_AGAIN = frozenset({429, 503})
+_LONGEST_DETAIL = 1000
 _SENT_NOTHING = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout)
 
 
@@ -72,12 +74,14 @@ def _check(response: httpx2.Response) -> bytes:
         detail, identity = str(problem["detail"]), str(problem.get("request_id", ""))
     except (ValueError, KeyError, TypeError, AttributeError):
         detail, identity = response.text[:200], ""
-    raise ServiceError(response.status_code, detail, identity)
+    # It is written into reports and onto terminals: control characters and lone surrogates of a stranger are not.
+    raise ServiceError(response.status_code, printable(detail[:_LONGEST_DETAIL]), printable(identity[:100]))
 
 
 def _base_url(url: str) -> str:
     try:
-        usable = httpx2.URL(url).scheme in ("http", "https")
+        parts = httpx2.URL(url)
+        usable = parts.scheme in ("http", "https") and bool(parts.host) and 0 < (parts.port or 80) <= 65_535
     except httpx2.InvalidURL:
         usable = False
     if not usable:

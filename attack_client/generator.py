@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from attack_client.pool import CONNECTION_ERRORS, Flight, Pool
 from attack_client.wire import Target
+from mithridate.errors import InputError
 
 _AT_ONCE = 16
 """Requests sent in one turn of the event loop: those that are late must not keep answers from being read."""
@@ -165,10 +166,12 @@ def closed_loop(
     *,
     seconds: float,
     warmup_seconds: float = 0.0,
+    most: int = 2_000_000,
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Shooting:
-    """As many clients as ``connections``, each asking again once it is answered. Ends and raises as the open loop."""
+    """As many clients as ``connections``, each asking again once it is answered. Ends and raises as the open loop; also
+    raises InputError after ``most`` requests: memory would not hold many more."""
 
     async def shoot() -> _Log:
         loop, ended = asyncio.get_running_loop(), asyncio.Event()
@@ -179,7 +182,7 @@ def closed_loop(
         def ask() -> None:
             nonlocal left
             now = time.perf_counter()
-            if now >= end:
+            if now >= end or len(flights) >= most:
                 left -= 1
                 if not left:
                     ended.set()
@@ -203,7 +206,10 @@ def closed_loop(
             ask()
         whole = warmup_seconds + seconds
         await _until(ended, lambda: progress(round(min(time.perf_counter() - start, whole)), round(whole)))
+        took = time.perf_counter() - start
         await pool.close()
+        if took < whole:
+            raise InputError(f"{most} requests were answered within {took:.0f} s; choose a shorter duration than that")
         return start, flights
 
     return _run(shoot, warmup_seconds)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from attack_client.client import AsyncClient, ServiceError
-from mithridate.errors import MithridateError
+from mithridate.errors import InputError, MithridateError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +54,12 @@ async def fire(
     concurrency: int = 32,
     progress: Callable[[int, int], None] = lambda done, total: None,
     record: Callable[[Outcome], None] = lambda outcome: None,
+    bundle: str | None = None,
 ) -> list[Outcome]:
-    """Sends all ``shots`` at ``rate`` a second, in random order so that no kind meets a quieter machine."""
+    """Sends all ``shots`` at ``rate`` a second, in random order so that no kind meets a quieter machine.
+
+    ``bundle``: the digest that answers must be of; one of another bundle is an error.
+    """
     order = list(shots)
     random.Random(seed).shuffle(order)  # noqa: S311
     places = asyncio.Semaphore(concurrency)
@@ -66,7 +70,7 @@ async def fire(
         due = start + number / rate
         await asyncio.sleep(max(0.0, due - time.perf_counter()))
         async with places:
-            outcome = await _send(client, shot, due)
+            outcome = await _send(client, shot, due, bundle)
         done += 1
         record(outcome)
         progress(done, len(order))
@@ -75,11 +79,13 @@ async def fire(
     return list(await asyncio.gather(*(one(number, shot) for number, shot in enumerate(order))))
 
 
-async def _send(client: AsyncClient, shot: Shot, due: float) -> Outcome:
+async def _send(client: AsyncClient, shot: Shot, due: float, bundle: str | None) -> Outcome:
     class_index = label = error = service_ms = None
     abstained = False
     try:
         answer = await client.predict(shot.content, defense=shot.defense)
+        if bundle is not None and answer.bundle.get("digest") != bundle:
+            raise InputError(f"the service now answers from another bundle, {answer.bundle.get('digest')}")
         first = answer.predictions[0]
         class_index, label, service_ms = first.class_index, first.label, answer.timings_ms.get("total")
         abstained = first.abstained

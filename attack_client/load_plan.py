@@ -86,10 +86,11 @@ class LoadPlan:
 
 def check_requests(plan: LoadPlan, rate: float) -> None:
     """Raises OptionError for a step of no requests, or of more than memory should hold."""
-    count = round(rate * plan.seconds)
-    if not 1 <= count <= MAX_REQUESTS:
+    count, whole = round(rate * plan.seconds), round(rate * (plan.warmup_seconds + plan.seconds))
+    if count < 1 or whole > MAX_REQUESTS:
         raise OptionError(
-            f"{rate:g} requests/s for {plan.seconds:g} s are {count}; allowed: 1 to {MAX_REQUESTS} a step"
+            f"{rate:g} requests/s for {plan.seconds:g} s, after {plan.warmup_seconds:g} s of warm-up, are "
+            f"{whole if count else 0}; allowed: 1 to {MAX_REQUESTS} a step"
         )
 
 

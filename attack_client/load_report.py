@@ -7,6 +7,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader
 
 from attack_client.load_figures import histogram, latency_by_rate
+from attack_client.results import write_whole
 from mithridate.evaluation.service_load import LoadStep, LoadSummary
 
 
@@ -16,14 +17,14 @@ def write_load_html(summary: LoadSummary, path: Path) -> None:
     environment = Environment(loader=PackageLoader("attack_client"), autoescape=True)
     environment.filters["ms"] = milliseconds
     shown = representative(summary)
-    path.write_text(
+    write_whole(
+        path,
         environment.get_template("load.html.jinja").render(
             summary=summary,
             shown=shown,
             by_rate=latency_by_rate(summary),
             histogram=histogram(shown),
         ),
-        encoding="utf-8",
     )
 
 

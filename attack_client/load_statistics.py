@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attack_client.generator import Sample
-from attack_client.pool import TIMEOUT
+from attack_client.pool import NOT_SENT, TIMEOUT
 from mithridate.evaluation.service_load import CLEAN, GeneratorLag, Histogram, LoadStep, Quantiles, Ratio
 
 ENOUGH_BEYOND = 5
@@ -85,9 +85,10 @@ def summarise(
 ) -> LoadStep:
     """One step. ``samples`` may contain those of the warm-up, which only count where their answers came later."""
     due = [sample for sample in samples if sample.due >= 0]
-    timed = [sample for sample in due if sample.error in (None, TIMEOUT)]
+    # Those that found no connection in time waited longest of all: without them a queue would hide its own end.
+    timed = [sample for sample in due if sample.error in (None, TIMEOUT, NOT_SENT)]
     latency = _milliseconds([s.done - s.due for s in timed])
-    service_time = _milliseconds([s.done - (s.due if s.sent is None else s.sent) for s in timed])
+    service_time = _milliseconds([s.done - s.sent for s in timed if s.sent is not None])
     kinds = np.array([s.kind for s in timed])
     attacked = kinds != CLEAN
     good = sum(s.error is None and 1000 * (s.done - s.due) <= objective_ms for s in due)

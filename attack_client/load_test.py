@@ -50,7 +50,7 @@ def run_load_test(
     if plan.clients is not None:
         measure(None)
     elif plan.ramp or len(plan.rates) > 1:
-        ceiling = min(MAX_RATE, MAX_REQUESTS / plan.seconds)
+        ceiling = min(MAX_RATE, MAX_REQUESTS / (plan.warmup_seconds + plan.seconds))
         knee = find_knee(measure, plan.rates, doubling=plan.ramp, ceiling=ceiling)[1]
     else:
         measure(plan.rates[0])
@@ -136,6 +136,7 @@ def _shoot(plan: LoadPlan, traffic: Traffic, rate: float | None, number: int, pr
             traffic,
             seconds=plan.seconds,
             warmup_seconds=plan.warmup_seconds,
+            most=MAX_REQUESTS,
             seed=plan.seed,
             progress=report,
         )

@@ -49,6 +49,7 @@ class Connection(asyncio.Protocol):
         self._reader = AnswerReader()
         self.flight: Flight | None = None
         self.answers = 0
+        self.lost = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -76,6 +77,7 @@ class Connection(asyncio.Protocol):
             self._answered()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self.lost = True
         self._pool.gone(self)
         flight = self.flight
         if flight is None:
@@ -230,7 +232,11 @@ class Pool:
             self._refill()
             return
         self._connecting.discard(task)
-        if flight.done is None:
+        if connection.lost:  # accepted and hung up on at once: on it nobody would ever answer
+            if flight.done is None:
+                self.finish(flight, RESET)
+            self._refill()
+        elif flight.done is None:
             connection.send(flight)
         else:
             self.free(connection)

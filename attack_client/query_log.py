@@ -50,7 +50,7 @@ class QueryLog:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._known: dict[int, str] = {}
+        self._known: dict[int, int] = {}  # where each line begins: all that was answered may not fit into memory
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a+b")
         try:
@@ -79,10 +79,11 @@ class QueryLog:
 
     def recall(self, number: int, name: str) -> Reply | None:
         """The answer to request ``number``, if it is here. Raises InputError where another one had that number."""
-        line = self._known.get(number)
-        if line is None:
+        place = self._known.get(number)
+        if place is None:
             return None
-        entry = json.loads(line)
+        self._file.seek(place)
+        entry = json.loads(self._file.readline())
         if entry["name"] != name:
             raise InputError(
                 f"{self._path}: request {number} was another one when this attack was begun (other images, other "
@@ -126,7 +127,7 @@ class QueryLog:
                 number = json.loads(line)["number"]
             except (ValueError, KeyError, TypeError) as error:
                 raise InputError(f"{self._path} is damaged at byte {whole}; start again in a new directory") from error
-            self._known[number] = line.decode()
+            self._known[number] = whole
             whole += len(line)
         self._file.truncate(whole)
 

@@ -47,8 +47,8 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Worst:
-    """Images that a defence read right as they were and under every attack. ``missing``: attacks that failed, and say
-    nothing about it."""
+    """Images that a defence read right as they were and under every attack. ``missing``: what failed, wholly or
+    for some images, and says nothing about those."""
 
     defense: str
     right: int
@@ -94,11 +94,15 @@ class CampaignResult:
         cases = [case for case in self.cases if case.defense == defense]
         standing = [self.right(defense, kind) for kind in (CLEAN, *self.plan.attacks)]
         standing += [[image.stands for image in case.images] for case in cases if case.error is None]
+        lost = {row.kind: sum(row.errors.values()) for row in self.rows if row.defense == defense}
         return Worst(
             defense=defense,
             right=sum(map(all, zip(*standing, strict=True))),
             images=len(self.plan.data),
-            missing=tuple(case.attack for case in cases if case.error is not None),
+            missing=(
+                *(f"{count} images ({kind})" for kind, count in lost.items() if count),
+                *(case.attack for case in cases if case.error is not None),
+            ),
         )
 
     def summary(self) -> dict[str, object]:

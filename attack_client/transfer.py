@@ -5,6 +5,7 @@ It is static: it does not know the defence. What survives it may still fall to a
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +39,11 @@ class Crafted:
     pixels: NDArray[np.uint8]
     fooled: NDArray[np.bool_]
 
+    @property
+    def digest(self) -> str:
+        """Of the pixels."""
+        return f"sha256:{hashlib.sha256(self.pixels.tobytes()).hexdigest()}"
+
 
 def load_surrogate(path: Path, data: LabelledImages, *, arch: str | None = None) -> Surrogate:
     """A bundle directory or a model file. Raises BundleError, ModelError, or OptionError where it does not fit."""
@@ -46,7 +52,9 @@ def load_surrogate(path: Path, data: LabelledImages, *, arch: str | None = None)
         bundle.check_fits(data)
         return Surrogate(classifier=bundle.classifier(allow_factory=arch), source=f"bundle {bundle.digest}")
     classifier = load_classifier(path, arch=arch, num_classes=len(data.classes), image_shape=data.image_shape)
-    return Surrogate(classifier=classifier, source=f"model {path.name}")
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return Surrogate(classifier=classifier, source=f"model {path.name}, sha256:{digest}")
 
 
 def craft(surrogate: Surrogate, data: LabelledImages, *, attack: str, epsilon: Epsilon, seed: int) -> Crafted:

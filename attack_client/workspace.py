@@ -48,11 +48,8 @@ class Workspace:
         """
         begun = self.out / PLAN
         if begun.exists():
-            try:
-                before = json.loads(begun.read_text())
-            except ValueError as error:
-                raise InputError(f"{begun} is damaged; start again in a new directory") from error
-            for key in dict.fromkeys((*before, *identity)):
+            before = self._plan()
+            for key in identity:
                 if before.get(key) != identity.get(key):
                     raise OptionError(
                         f"{self.out} was begun with another {key}: {before.get(key)}; seen: {identity.get(key)}. Give "
@@ -61,10 +58,18 @@ class Workspace:
             return self._read_outcomes()
         if not all(path.name == f"{PLAN}.part" for path in self.out.iterdir()):
             raise OptionError(f"{self.out} holds something else than an attack that was begun; choose another --out")
-        part = self.out / f"{PLAN}.part"
-        part.write_text(json.dumps(identity, indent=1) + "\n")
-        part.rename(begun)
+        self._write_plan(identity)
         return []
+
+    def settle(self, key: str, value: Any) -> None:
+        """Adds to the plan what was only known later, as JSON. Raises OptionError where it was another before."""
+        plan = self._plan()
+        if plan.setdefault(key, value) != value:
+            raise OptionError(
+                f"{self.out} was begun with another {key}: {plan[key]}; seen: {value}. Give the same model on the "
+                "same machine with as many threads, or another --out"
+            )
+        self._write_plan(plan)
 
     def record(self, outcome: Outcome, truth: int) -> None:
         """Writes down what came of one image."""
@@ -100,15 +105,31 @@ class Workspace:
             self._outcomes.close()
             self._outcomes = None
 
+    def _plan(self) -> dict[str, Any]:
+        path = self.out / PLAN
+        try:
+            plan = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"{path} is damaged; start again in a new directory") from error
+        if not isinstance(plan, dict):
+            raise InputError(f"{path} is damaged; start again in a new directory")
+        return plan
+
+    def _write_plan(self, plan: Mapping[str, Any]) -> None:
+        part = self.out / f"{PLAN}.part"
+        part.write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
+        part.rename(self.out / PLAN)
+
     def _read_outcomes(self) -> list[Outcome]:
         """All whole lines; what a killed client left of its last one is cut off. Failures are tried again."""
         path = self.out / OUTCOMES
         if not path.exists():
             return []
-        content = path.read_text()
-        whole = content[: content.rfind("\n") + 1]
+        content = path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
         if whole != content:
-            path.write_text(whole)
+            with path.open("r+b") as file:
+                file.truncate(len(whole))
         names = [field.name for field in fields(Outcome)]
         try:
             lines = [json.loads(line) for line in whole.splitlines()]

@@ -80,10 +80,10 @@ def evaluate(
     )
     for text in defense or []:
         parse_defence(text)
-    service = None if load is None else _read_load(load)
     shared.use_threads(threads)
     shared.allow_local_code(arch)
     opened = Bundle.open(bundle)
+    service = None if load is None else _read_load(load, opened.digest)
     data = shared.load_data(dataset, data_root=data_root, download=download, image_size=image_size, split="test")
     opened.check_fits(data)
     plan = EvaluationPlan(
@@ -113,16 +113,16 @@ def evaluate(
         raise typer.Exit(1)
 
 
-def _read_load(path: Path) -> dict[str, Any]:
+def _read_load(path: Path, digest: str) -> dict[str, Any]:
+    """Of a load test of this very bundle: another's numbers on its report would be taken for its own."""
     from mithridate.errors import InputError
+    from mithridate.evaluation.service_load import read_load_summary
 
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} is no summary of a load test: {error}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} is no summary of a load test: it holds a {type(content).__name__}, not an object")
-    return content
+    summary = read_load_summary(path)
+    tested = summary.service.get("digest")
+    if tested != digest:
+        raise InputError(f"{path} is of a load test of another bundle, {tested}; this one is {digest}")
+    return summary.to_json()
 
 
 def _print(found: Evaluation) -> None:

@@ -124,6 +124,7 @@ def _run(plan: LoadPlan, files: Files, out: Path | None) -> LoadSummary:
     """Runs the test; with ``out``, each step's samples are kept as it ends."""
     from attack_client.load_report import write_load_html
     from attack_client.load_test import SAMPLES, run_load_test, sample_line
+    from attack_client.results import write_whole
     from mithridate.errors import OptionError
 
     if out is None:
@@ -141,7 +142,7 @@ def _run(plan: LoadPlan, files: Files, out: Path | None) -> LoadSummary:
     try:
         with progress() as report:
             summary = run_load_test(plan, files, progress=report, record=record)
-        (out / "summary.json").write_text(json.dumps(summary.to_json(), indent=1) + "\n")
+        write_whole(out / "summary.json", json.dumps(summary.to_json(), indent=1) + "\n")
         write_load_html(summary, out / "report.html")
     except BaseException:
         if any(out.iterdir()):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
 
@@ -15,6 +15,7 @@ from mithridate.attacks.adaptive import (
     FPA,
     GMSA,
     AdaptiveAttack,
+    AutoThroughSurrogate,
     Found,
     Hijack,
     LockStep,
@@ -22,7 +23,7 @@ from mithridate.attacks.adaptive import (
     ThroughSurrogate,
 )
 from mithridate.attacks.adaptive.rounds import Loss, ascend, losses
-from mithridate.attacks.adaptive.simulation import begin, random_start
+from mithridate.attacks.adaptive.simulation import begin, random_start, shown
 from mithridate.attacks.black_box import RandomNoise, RayS, Square
 from mithridate.attacks.in_process import InProcessOracle
 from mithridate.attacks.oracle import BlackBoxAttack
@@ -38,9 +39,11 @@ _ROUNDS = ("gmsa-avg", "gmsa-min", "lock-step")
 """Against a defence that adapts nothing these are what FPA is: gradient steps on the one model there is."""
 
 _LOSSES: tuple[Loss, ...] = ("margin", "ce")
-_REDUCTIONS: tuple[Literal["avg", "min"], ...] = ("avg", "min")
 
 _BATCH = 64
+_ASKED = 5
+"""Answers of a random defence to each of Square's points: by one it would keep what was lucky."""
+
 _NOISE = 100
 """Random points an image."""
 
@@ -59,6 +62,7 @@ class Target:
     epsilon: Epsilon
     effort: Effort
     seed: int
+    memory: dict[bytes, float] = field(default_factory=dict, repr=False)
 
     def step_size(self, steps: int) -> float:
         """One level, or as many as it takes to cross the ball in ``steps`` (Madry et al.: 2.5 epsilon / steps)."""
@@ -66,8 +70,11 @@ class Target:
 
     @property
     def simulation(self) -> Simulation:
-        """A fresh one, as the attacker runs it."""
-        return Simulation(defence=self.defence, checks=self.effort.checks if self.random else 1)
+        """A fresh one, as the attacker runs it. An image is left alone once all checks misread it: with three of them
+        that is one in five of those that are misread in 6 of 10, and the attack would stop at luck."""
+        if self.random:
+            return Simulation(defence=self.defence, checks=max(self.effort.checks, self.effort.repeats // 2))
+        return Simulation(defence=self.defence, memory=self.memory)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,20 +113,22 @@ def columns(target: Target, suite: Suite) -> list[Column]:
     size, small = target.step_size(steps), target.step_size(twice)
     through = [ThroughSurrogate(epsilon=epsilon, steps=steps, step_size=size, loss=loss) for loss in _LOSSES]
     found = [_adaptive("white-box", through, kind="white-box"), _asking("noise")]
+    if target.defence.name != "none":  # as hard as its base, which they are run on for the transfer
+        auto = [AutoThroughSurrogate(attack=attack) for attack in _auto(target, suite)]
+        found.insert(1, _adaptive("apgd", auto, kind="white-box"))
     if suite == "standard":
         return found
     fpa = [FPA(epsilon=epsilon, rounds=effort.rounds, steps=steps, step_size=size, loss=loss) for loss in _LOSSES]
-    average, least = (
-        [
-            GMSA(epsilon=epsilon, reduce=reduce, rounds=effort.rounds, steps=steps, step_size=size, loss=loss)
-            for loss in _LOSSES
-        ]
-        for reduce in _REDUCTIONS
-    )
+    average = [
+        GMSA(epsilon=epsilon, reduce="avg", rounds=effort.rounds, steps=steps, step_size=size, loss=loss)
+        for loss in _LOSSES
+    ]
+    rounds = effort.least_rounds or effort.rounds
+    least = [GMSA(epsilon=epsilon, reduce="min", rounds=rounds, steps=steps, step_size=size)]
     found += [
         _adaptive("fpa", fpa),
         _adaptive("gmsa-avg", average),
-        _adaptive("gmsa-min", least[:1]),
+        _adaptive("gmsa-min", least),
         _adaptive("lock-step", [LockStep(epsilon=epsilon, steps=twice, step_size=small)]),
     ]
     if not target.simulation.holds:
@@ -151,10 +160,7 @@ def base_attacks(target: Target, suite: Suite) -> list[tuple[str, Callable[[], S
     """By name what makes examples on the base model alone, which is what ``target`` must be: shallow and deep ones."""
     epsilon, steps = target.epsilon, target.effort.steps
     attacks: list[PGD | APGD] = [PGD(epsilon=epsilon, steps=steps, step_size=target.step_size(steps))]
-    attacks.append(APGD(epsilon=epsilon, steps=2 * steps, loss="ce"))
-    if suite != "standard":
-        attacks.append(APGD(epsilon=epsilon, steps=2 * steps, loss="dlr"))
-        attacks.append(APGD(epsilon=epsilon, steps=steps, loss="t", early_stop=True))
+    attacks += _auto(target, suite)
     found: list[tuple[str, Callable[[], Sent]]] = [
         (attack.name, partial(_on_base, target, attack, number)) for number, attack in enumerate(attacks)
     ]
@@ -162,11 +168,20 @@ def base_attacks(target: Target, suite: Suite) -> list[tuple[str, Callable[[], S
     return found + [(name, partial(_shallow, target, name, limit)) for name, limit in shallow]
 
 
+def _auto(target: Target, suite: Suite) -> list[APGD]:
+    epsilon, steps = target.epsilon, target.effort.steps
+    found = [APGD(epsilon=epsilon, steps=2 * steps, loss="ce")]
+    if suite != "standard":
+        found.append(APGD(epsilon=epsilon, steps=2 * steps, loss="dlr"))
+        found.append(APGD(epsilon=epsilon, steps=steps, loss="t", early_stop=True))
+    return found
+
+
 def _on_base(target: Target, attack: PGD | APGD, number: int) -> Sent:
     generator, started = torch.Generator().manual_seed(target.seed + number), time.perf_counter()
-    classifier = target.defence.resources.classifier
     parts = zip(target.pixels.split(_BATCH), target.labels.split(_BATCH), strict=True)
-    pixels = torch.cat([attack.run(classifier, few, truth, generator=generator) for few, truth in parts])
+    forward = partial(shown, target.defence, generator=generator)
+    pixels = torch.cat([attack.run(forward, few, truth, generator=generator) for few, truth in parts])
     return _plain(attack.name, repr(attack), pixels, started, attack.steps)
 
 
@@ -174,12 +189,13 @@ def _shallow(target: Target, name: str, confidence: float) -> Sent:
     """No further over the border than ``confidence``."""
     generator, started = torch.Generator().manual_seed(target.seed), time.perf_counter()
     starts = random_start(target.pixels, target.epsilon, generator)
-    classifier, steps, found = target.defence.resources.classifier, target.effort.steps, []
+    steps, found = target.effort.steps, []
     size = target.step_size(steps)
     for rows in torch.arange(len(target.pixels)).split(_BATCH):
 
         def objective(images: Images, truth: Labels = target.labels[rows]) -> torch.Tensor:
-            return losses(classifier(images)[:, None], truth, "margin", confidence=confidence)[:, 0]
+            logits = shown(target.defence, images, generator=generator)
+            return losses(logits[:, None], truth, "margin", confidence=confidence)[:, 0]
 
         _, best = ascend(
             objective, target.pixels[rows], starts[rows], epsilon=target.epsilon, steps=steps, step_size=size
@@ -224,12 +240,18 @@ def _run(
     return Sent(
         attack=name,
         kind=kind,
-        config="; ".join(repr(attack) for attack in attacks),
+        config="; ".join(_described(attack) for attack in attacks),
         pixels=points[0],
         seconds=time.perf_counter() - started,
         steps=sum(attack.gradient_steps for attack in attacks) or None,
         stood=torch.cat(looks),
     )
+
+
+def _described(attack: AdaptiveAttack) -> str:
+    """A twin by its name: a defence's own representation is all that it is made of."""
+    twin = attack.twin if isinstance(attack, ThroughSurrogate) else None
+    return repr(attack) if twin is None else f"{attack!r} through {twin.name}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,7 +298,7 @@ def _ask(target: Target, name: str, kind: AttackKind) -> Sent:
 
 def _black_box(name: str, target: Target) -> BlackBoxAttack:
     if name == "square":
-        return Square(epsilon=target.epsilon, random=target.random)
+        return Square(epsilon=target.epsilon, random=target.random, repeats=_ASKED if target.random else 1)
     if name == "rays":
         return RayS(epsilon=target.epsilon, random=target.random)
     return RandomNoise(epsilon=target.epsilon, random=target.random)

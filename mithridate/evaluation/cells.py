@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,22 +31,32 @@ class CellStore:
 
     @classmethod
     def open(cls, path: Path, plan: Mapping[str, Any]) -> CellStore:
-        """Goes on with what lies there. Raises OptionError where that was made by another ``plan``."""
+        """Goes on with what lies there. Raises OptionError where that was made by another ``plan``, or by nobody knows
+        which."""
         path.mkdir(parents=True, exist_ok=True)
         file, text = path / _PLAN, json.dumps(plan, indent=1, sort_keys=True)
-        if file.is_file() and file.read_text() != text:
-            known = json.loads(file.read_text())
-            changed = sorted(key for key in {*known, *plan} if known.get(key) != plan.get(key))
+        asked = json.loads(text)
+        known = _told(file) if file.is_file() else asked
+        if not file.is_file() and any(path.glob("*.npz")):
+            raise OptionError(f"{path} holds results and no {_PLAN} that says of what; choose another --out")
+        if known != asked:
+            changed = sorted(key for key in {*known, *asked} if known.get(key) != asked.get(key))
             raise OptionError(
                 f"{path} holds the results of another evaluation ({', '.join(changed)} differ); choose another --out"
             )
         _write(file, text.encode())
         return cls(path=path)
 
+    def remember(self, name: str, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """What was measured when this was first asked for: the effort of all that lies here was fitted to it."""
+        file = self.path / f"{_digest(name)}.json"
+        if not file.is_file():
+            _write(file, json.dumps(measure()).encode())
+        return _told(file)
+
     def get(self, defense: str, attack: str, make: Callable[[], Sent]) -> Sent:
         """What is there, or what ``make`` gives, which is kept. Raises InputError for a file that cannot be read."""
-        digest = hashlib.sha256(f"{defense}\n{attack}".encode()).hexdigest()[:20]
-        file = self.path / f"{digest}.npz"
+        file = self.path / f"{_digest(defense, attack)}.npz"
         if file.is_file():
             return _read(file)
         sent = make()
@@ -60,13 +72,28 @@ class CellStore:
 
 def _read(file: Path) -> Sent:
     try:
-        with np.load(file, allow_pickle=False) as stored:
+        # Opened here: numpy leaves a file open that it cannot read.
+        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
             told = json.loads(str(stored["told"]))
             arrays: dict[str, Any] = {name: torch.from_numpy(stored[name]) for name in _TENSORS if name in stored}
             del told["defense"]
             return Sent(**told, **arrays)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{file} cannot be read ({error}); remove it, and it is made again") from error
+
+
+def _told(file: Path) -> dict[str, Any]:
+    try:
+        told = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} cannot be read ({error}); choose another --out") from error
+    if not isinstance(told, dict):
+        raise InputError(f"{file} holds a {type(told).__name__}, not an object; choose another --out")
+    return told
+
+
+def _digest(*names: str) -> str:
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:20]
 
 
 def _write(file: Path, content: bytes) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from mithridate.attacks.adaptive.simulation import shown
 from mithridate.defenses.base import Budget, Defence
 from mithridate.errors import OptionError
 from mithridate.types import Pixels, to_images
@@ -18,13 +19,16 @@ _TIMED = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Effort:
-    """``rounds`` of ``steps`` for FPA and GMSA (and twice the steps for lock-step and hijack), ``queries`` an image for
-    black-box attacks, ``repeats`` answers of a random defence for its score and ``checks`` before an attacker believes
-    that one is misread, ``probed`` images for the gates, ``curve`` images for accuracy against epsilon. ``seconds`` is
-    what one attack on one defence may take; what would take longer is made smaller, and the report says so.
+    """``rounds`` of ``steps`` for FPA and GMSA (and twice the steps for lock-step and hijack), ``least_rounds`` of
+    GMSA-MIN, whose rounds grow with the models (as many unless given), ``queries`` an image for black-box attacks,
+    ``repeats`` answers of a random defence for its score, ``checks`` (at least half as many) before an attacker
+    believes that one is misread, ``probed`` images for the gates, ``curve`` images for accuracy against epsilon.
+    ``seconds`` is what one attack on one defence may take; what would take longer is made smaller, and the report says
+    so.
     """
 
     rounds: int = 10
+    least_rounds: int | None = None
     steps: int = 40
     queries: int = 1000
     repeats: int = 20
@@ -42,6 +46,11 @@ class Effort:
         if not self.seconds > 0:
             raise OptionError(f"seconds {self.seconds:g} is out of range; allowed: above 0")
 
+    def exceeds(self, other: Effort) -> bool:
+        """Whether ``other`` attacks less hard."""
+        rounds = min(other.rounds, other.least_rounds or other.rounds)
+        return rounds < self.rounds or other.steps < self.steps or other.queries < self.queries
+
 
 @dataclass(frozen=True, kw_only=True)
 class Pace:
@@ -50,22 +59,33 @@ class Pace:
     answer: float
     step: float
 
-    def fit(self, effort: Effort, images: int) -> tuple[Effort, tuple[str, ...]]:
-        """The effort that ``images`` still standing allow, and what had to be made smaller."""
+    def fit(self, effort: Effort, images: int, *, adapts: bool = True) -> tuple[Effort, tuple[str, ...]]:
+        """The effort that ``images`` still standing allow, and what had to be made smaller. GMSA is another attack than
+        FPA only where the defence ``adapts``."""
         wanted = (effort.rounds + 1) * (effort.steps * self.step + 2 * self.answer) * images
         notes, fitted = [], effort
         if wanted > effort.seconds:
             share = math.sqrt(effort.seconds / wanted)
             rounds, steps = max(2, round(effort.rounds * share)), max(10, round(effort.steps * share))
             fitted = replace(fitted, rounds=min(rounds, effort.rounds), steps=min(steps, effort.steps))
+        if (fitted.rounds, fitted.steps) != (effort.rounds, effort.steps):
             notes.append(f"{fitted.rounds} rounds of {fitted.steps} steps instead of {effort.rounds} of {effort.steps}")
+        growing = fitted.steps * self.step * images
+        most = max(2, math.floor(math.sqrt(2 * effort.seconds / growing + 0.25) - 1.5)) if growing else fitted.rounds
+        if adapts and most < fitted.rounds:
+            fitted = replace(fitted, least_rounds=most)
+            notes.append(f"{most} rounds of gmsa-min instead of {effort.rounds}")
         asked = effort.queries * self.answer * images
         if asked > effort.seconds:
-            fitted = replace(fitted, queries=max(20, round(effort.queries * effort.seconds / asked)))
+            queries = max(20, round(effort.queries * effort.seconds / asked))
+            fitted = replace(fitted, queries=min(queries, effort.queries))
+        if fitted.queries != effort.queries:
             notes.append(f"{fitted.queries} queries an image instead of {effort.queries}")
         probing = 40 * 14 * self.step * effort.probed
         if probing > 2 * effort.seconds:
-            fitted = replace(fitted, probed=max(10, round(effort.probed * 2 * effort.seconds / probing)))
+            probed = max(10, round(effort.probed * 2 * effort.seconds / probing))
+            fitted = replace(fitted, probed=min(probed, effort.probed))
+        if fitted.probed != effort.probed:
             notes.append(f"gates probed on {fitted.probed} images instead of {effort.probed}")
         return fitted, tuple(notes)
 
@@ -79,6 +99,6 @@ def pace_of(defence: Defence, pixels: Pixels, *, seed: int) -> Pace:
         defence.predict(few, generator=generator, budget=Budget())
         answer, started = time.perf_counter() - started, time.perf_counter()
         point = few.clone().requires_grad_()
-        defence.surrogate(point, generator=generator, budget=Budget()).logsumexp(1).sum().backward()
+        shown(defence, point, generator=generator).logsumexp(1).sum().backward()
         step = time.perf_counter() - started
     return Pace(answer=answer / len(few), step=step / len(few))

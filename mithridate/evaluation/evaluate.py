@@ -22,7 +22,7 @@ from mithridate.defenses import Defence, Resources, build_defence, describe_defe
 from mithridate.errors import OptionError
 from mithridate.evaluation.battery import Sent, Suite, Target, base_attacks, columns, names, transferred
 from mithridate.evaluation.cells import CellStore
-from mithridate.evaluation.effort import Effort, pace_of
+from mithridate.evaluation.effort import Effort, Pace, pace_of
 from mithridate.evaluation.environment import environment
 from mithridate.evaluation.extras import Ground, run_extras
 from mithridate.evaluation.findings import Cell, DefenceFindings, Evaluation, Extra, Gate, Repeated
@@ -38,6 +38,8 @@ Progress = Callable[[str, int, int], None]
 
 _BASE = "none"
 _WORST_SEED = 0x0AF
+_OFTEN = 0.9
+"""Of a random defence's answers to a point: where so many are wrong, no worse point is looked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +64,9 @@ class EvaluationPlan:
             "epsilon": str(self.epsilon),
             "suite": self.suite,
             "seed": self.seed,
-            "effort": {key: value for key, value in asdict(self.effort).items() if key != "curve"},
+            "effort": {
+                key: value for key, value in asdict(self.effort).items() if key not in ("curve", "least_rounds")
+            },
         }
 
 
@@ -72,13 +76,17 @@ def evaluate(plan: EvaluationPlan, work: Path, *, progress: Progress = lambda wh
     plan.bundle.check_fits(plan.data)
     if len(plan.data) < 1:
         raise OptionError(f"{plan.data.spec} holds no image; allowed: at least 1")
-    texts = tuple(dict.fromkeys((_BASE, *(plan.defenses or names(plan.resources)))))
+    if not plan.epsilon.levels:
+        raise OptionError(f"epsilon {plan.epsilon} leaves an attack nothing to change; allowed: 1/255 to 255/255")
+    # All of them before the first is attacked: one that the bundle cannot serve would else come to light hours later.
+    built = [build_defence(text, plan.resources) for text in (_BASE, *(plan.defenses or names(plan.resources)))]
+    defences = list({defence.name: defence for defence in built}.values())
     run = _Run(plan=plan, store=CellStore.open(work, plan.describe()), progress=progress)
     fronts = []
-    for number, text in enumerate(texts):
-        progress("defences", number, len(texts))
-        fronts.append(run.attack(build_defence(text, plan.resources)))
-    progress("defences", len(texts), len(texts))
+    for number, defence in enumerate(defences):
+        progress("defences", number, len(defences))
+        fronts.append(run.attack(defence))
+    progress("defences", len(defences), len(defences))
     found = run.judge(fronts)
     extras = run.extras(fronts) if plan.suite == "full" else ()
     curves = [query_curve(fronts), round_curve(fronts)]
@@ -140,9 +148,9 @@ class _Run:
         first = self.store.get(defence.name, "transfer", lambda: transferred(target, self.on_base))
         if defence.name != _BASE:
             sent.append(first)
-        pace = pace_of(defence, pixels, seed=plan.seed)
+        pace = Pace(**self.store.remember(defence.name, lambda: asdict(pace_of(defence, pixels, seed=plan.seed))))
         standing = len(pixels) if first.stood is None else int(first.stood[-1].sum())
-        effort, reduced = pace.fit(plan.effort, standing)
+        effort, reduced = pace.fit(plan.effort, standing, adapts=target.simulation.holds)
         target = replace(target, effort=effort)
         todo = columns(target, plan.suite)
         for number, column in enumerate(todo):
@@ -204,6 +212,7 @@ class _Run:
             gates=gates,
             seed=plan.seed,
             base_gates=() if base is None else base.gates,
+            reduced=front.notes if plan.effort.exceeds(target.effort) else (),
         )
         return DefenceFindings(
             name=front.name,
@@ -237,23 +246,27 @@ class _Run:
         """Deterministic: who stands under everything. Random: for each image the point that is misread most, asked for
         once more with seeds that had no part in the choice; one unlucky draw in many attacks is no success."""
         target = front.target
-        own = torch.tensor([clean.wrong, *(scored.wrong for scored in scores)])  # [1 + A, N]
-        points = torch.stack([target.pixels, *(sent.pixels for sent in front.sent)])
-        most, which = own.max(0)
-        worst = points[which, torch.arange(len(which))]
-        # What breaks elsewhere is tried where nothing of its own does: most answers of a random defence are wrong then.
-        broken = most > (clean.asked // 2 if target.random else 0)
+        worst, most = target.pixels.clone(), torch.tensor(clean.wrong)
+        for sent, scored in zip(front.sent, scores, strict=True):
+            _take(worst, most, torch.arange(len(most)), sent.pixels, torch.tensor(scored.wrong))
+        # What breaks elsewhere is tried where nothing of its own does (of a random defence: nearly always). There it
+        # has to be misread more often to count: of many that are tried, one is misread by luck.
+        enough = _OFTEN * clean.asked if target.random else 1
         generator = torch.Generator().manual_seed(self.plan.seed + 31)
-        for sent in others:
-            rows = (~broken).nonzero()[:, 0]
+        for number, sent in enumerate(others):
+            rows = (most < enough).nonzero()[:, 0]
             if not len(rows):
                 break
             margins = target.simulation.margins(sent.pixels[rows], target.labels[rows], generator=generator)
             fell = rows[margins < 0]
-            worst[fell], broken[fell] = sent.pixels[fell], True
+            if len(fell):
+                few = replace(target, pixels=sent.pixels[fell], labels=target.labels[fell])
+                asked = self._score(few, few.pixels, salt=_WORST_SEED + 1 + number) if target.random else None
+                wrong = torch.ones(len(fell), dtype=most.dtype) if asked is None else torch.tensor(asked.wrong)
+                _take(worst, most, fell, few.pixels, wrong)
         self.worst[front.name] = worst
         if not target.random:
-            return tuple((~broken).tolist()), None
+            return tuple((most == 0).tolist()), None
         last = self._score(target, worst, salt=_WORST_SEED)
         return last.right, last.repeated
 
@@ -283,3 +296,9 @@ class _Run:
             random=target.random,
             progress=lambda what, done, total: self.progress(f"{what} of {front.name}", done, total),
         )
+
+
+def _take(worst: Pixels, most: torch.Tensor, rows: torch.Tensor, pixels: Pixels, wrong: torch.Tensor) -> None:
+    """``pixels`` for the images ``rows``, where they are misread more often than ``most``: in place."""
+    better = wrong > most[rows]
+    worst[rows[better]], most[rows[better]] = pixels[better], wrong[better]

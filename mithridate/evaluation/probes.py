@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
+from mithridate.attacks.adaptive.simulation import shown
 from mithridate.attacks.judging import Forward, margins
-from mithridate.defenses.base import Budget, Defence
+from mithridate.defenses.base import Defence
 from mithridate.evaluation.repeated import answered_right
 from mithridate.types import Epsilon, Labels, Pixels, to_images, to_pixels
 
@@ -136,7 +137,7 @@ class Prober:
 
 def surrogate(defence: Defence, generator: torch.Generator) -> Forward:
     """What a white-box attacker is given of a defence, as a plain function."""
-    return lambda images: defence.surrogate(images, generator=generator, budget=Budget())
+    return lambda images: shown(defence, images, generator=generator)
 
 
 def averaged(forward: Forward, draws: int) -> Forward:

@@ -6,8 +6,14 @@ shares lie in [0, 1]. None stands for what could not be said: too few samples, o
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
+
+from mithridate.errors import InputError
 
 SCHEMA = 1
 
@@ -69,8 +75,9 @@ class LoadStep:
     """One rate (open model) or one number of clients (closed model), measured for ``seconds`` after the warm-up.
 
     ``latency`` counts from when a request was due, ``service_time`` from when it was sent; in the closed model that
-    is the same moment. Both are of answered requests and of those that ran out of time, the latter at the age they had
-    reached: what they would have taken is longer. Refused and failed ones are in ``errors`` only.
+    is the same moment. Latency is of answered requests and of those that ran out of time, sent or not, at the age they
+    had reached: what they would have taken is longer. Service time is of those among them that were sent. Refused and
+    failed ones are in ``errors`` only.
     """
 
     set_rate: float | None
@@ -148,3 +155,23 @@ class LoadSummary:
     def to_json(self) -> dict[str, Any]:
         """Plain lists and dicts."""
         return {"schema": SCHEMA, **asdict(self)}
+
+
+def read_load_summary(path: Path) -> LoadSummary:
+    """Of the ``summary.json`` that ``load`` has written. Raises InputError, in one line, for anything else."""
+    try:
+        content = json.loads(path.read_bytes())
+        json.dumps(content, allow_nan=False)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is no summary of a load test: {error}") from error
+    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+        raise InputError(f"{path} is no summary of a load test; give the summary.json that mithridate load wrote")
+    try:
+        summary: LoadSummary = TypeAdapter(LoadSummary).validate_python(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise InputError(f"{path} is no summary of a load test: {where}: {first['msg']}") from error
+    return summary

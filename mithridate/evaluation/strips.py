@@ -30,7 +30,7 @@ def draw_strips(fronts: Sequence[Front], found: Sequence[DefenceFindings], class
             made = [
                 (sent, cell)
                 for sent, cell in zip(front.sent, findings.cells, strict=True)
-                if not cell.right[image] and cell.kind == "adaptive"
+                if not cell.right[image] and cell.kind in ("white-box", "adaptive")
             ]
             if clean and made and drawn < _STRIPS:
                 strips.append(_strip(front, image, made[-1][0].attack, made[-1][0].pixels[image], classes))

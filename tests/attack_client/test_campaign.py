@@ -24,6 +24,7 @@ from attack_client.transfer import Surrogate, load_surrogate
 from mithridate.datasets import LabelledImages, load_dataset
 from mithridate.errors import InputError, OptionError
 from mithridate.evaluation import percentile, wilson_interval
+from mithridate.images import encode_png
 from mithridate.types import Epsilon
 
 DATA = "digits[test,:60]"
@@ -175,6 +176,26 @@ def test_errors_count_as_wrong_and_are_told(plan: CampaignPlan, data: LabelledIm
         assert row.images == 60 == len(answered) + row.errors["http 500"]
         assert row.correct == len(zeros & answered)
         assert row.accuracy == len(zeros & answered) / 60
+    # A worst case over answers that never came is no accuracy of the defence, however low: it must say so.
+    for defense in result.defenses:
+        missing = result.worst(defense).missing
+        for kind in ("clean", *plan.attacks):
+            assert f"{result.row(defense, kind).errors['http 500']} images ({kind})" in missing
+
+
+def test_answers_of_a_bundle_that_was_put_there_meanwhile_do_not_count(plan: CampaignPlan) -> None:
+    shots = [Shot(image=0, kind="clean", defense="none", content=encode_png(plan.data.images[0]))]
+
+    async def send(url: str, bundle: str) -> list[Outcome]:
+        async with AsyncClient(url) as client:
+            return await fire(client, shots, rate=100, seed=0, bundle=bundle)
+
+    with listening(FakeService()) as url:
+        (same,) = asyncio.run(send(url, "sha256:0"))
+        (other,) = asyncio.run(send(url, "sha256:1"))
+    assert same.error is None
+    assert other.class_index is None
+    assert "another bundle" in (other.error or "")
 
 
 def test_a_service_that_answers_nothing(plan: CampaignPlan, tmp_path: Path) -> None:

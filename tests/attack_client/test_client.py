@@ -152,6 +152,18 @@ def test_a_refusal_carries_status_detail_and_request_id(
     assert isinstance(error, MithridateError)
 
 
+def test_what_a_stranger_says_can_be_printed_and_written(files: list[bytes]) -> None:
+    """An escape sequence on a terminal, and half a character that no file takes."""
+    said = json.dumps({"detail": "\x1b[2J\ud800" + 5000 * "x", "request_id": "\x07"})
+    transport = httpx2.MockTransport(lambda request: httpx2.Response(500, content=said))
+    with Client("http://service", transport=transport) as client, pytest.raises(ServiceError) as raised:
+        client.predict(files[0])
+    text = str(raised.value)
+    assert text.encode()
+    assert not any(ord(character) < 32 for character in text)
+    assert len(text) < 1200
+
+
 def test_a_service_within_this_process(digits_bundle: Path, files: list[bytes]) -> None:
     """Not ready at first: 503 with Retry-After is waited out, and then it answers."""
 
@@ -184,7 +196,7 @@ def test_nobody_there(files: list[bytes]) -> None:
         with_async(url, lambda client: client.predict(files[0]), retry=retry)
 
 
-@pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://127.0.0.1", ""])
+@pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://127.0.0.1", "", "http://", "http://:80", "http://a:99999"])
 def test_not_an_address(url: str) -> None:
     for kind in (Client, AsyncClient):
         with pytest.raises(OptionError, match="write it as http://host:port"):

@@ -165,6 +165,9 @@ def test_what_found_no_connection_in_time_was_not_sent() -> None:
     assert found.errors["timeout"] >= 1
     assert found.errors["not sent in time"] >= 5
     assert found.requests == sum(found.errors.values())
+    # They waited longest of all: percentiles without them would praise a service that lets nobody in.
+    assert found.latency.count == found.requests
+    assert found.service_time.count == found.errors["timeout"]
     assert took < 4  # it waits for nothing that is out of time
 
 
@@ -220,6 +223,11 @@ def test_a_closed_loop_gets_what_its_clients_can_take() -> None:
     assert 60 <= found.answered_rate <= 201
     assert found.latency.p50 == pytest.approx(found.service_time.p50, rel=0.05)
     assert found.sustained is None
+
+
+def test_a_closed_loop_ends_before_memory_does() -> None:
+    with serving(lambda: after(lambda body: 0.0)) as url, pytest.raises(InputError, match="25 requests"):
+        closed_loop(to(url, count=2), images(url), seconds=60, most=25)
 
 
 def test_attacked_images_that_take_longer_are_told_from_clean_ones() -> None:

@@ -207,6 +207,30 @@ def test_what_is_no_attack_is_left_alone(tmp_path: Path) -> None:
             attack(url, None, tmp_path / "empty", resume=True)
 
 
+@pytest.mark.parametrize("plan", ["[]", "7", "{", "\N{SNOWMAN}"])
+def test_a_damaged_plan_is_said_in_one_line(tmp_path: Path, plan: str) -> None:
+    with listening(FakeService(defenses=("none", "webnn"))) as url:
+        attack(url, None, tmp_path / "out")
+        (tmp_path / "out" / "plan.json").write_text(plan, encoding="utf-16")
+        with pytest.raises(InputError, match="damaged"):
+            attack(url, None, tmp_path / "out", resume=True)
+        (tmp_path / "out" / "plan.json").write_text(plan, encoding="utf-8")
+        with pytest.raises(InputError, match="damaged"):
+            attack(url, None, tmp_path / "out", resume=True)
+
+
+def test_other_examples_are_not_mixed_with_those_that_were_sent(tmp_path: Path) -> None:
+    """The same name of a model file, or more threads, may make other pixels: half of each would be nobody's result."""
+    workspace = Workspace(tmp_path / "out")
+    workspace.begin({"seed": 0})
+    workspace.settle("examples of pgd1", "sha256:1")
+    again = Workspace(tmp_path / "out", resume=True)
+    again.begin({"seed": 0})
+    again.settle("examples of pgd1", "sha256:1")
+    with pytest.raises(OptionError, match="another examples of pgd1: sha256:1; seen: sha256:2"):
+        again.settle("examples of pgd1", "sha256:2")
+
+
 def test_names_make_files() -> None:
     assert file_name("rmc:scope=all", "square") == "rmc-scope-all.square"
     assert "/" not in file_name("../../etc", "x")

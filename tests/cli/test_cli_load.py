@@ -89,3 +89,17 @@ def test_what_cannot_be_is_said_in_one_line(
     assert says in result.err
     assert len(result.err.strip().splitlines()) == 1
     assert not (tmp_path / "o").exists()
+
+
+def test_a_load_test_of_another_bundle_is_not_put_on_a_report(
+    mithridate: Callable, quick: str, digits_bundle: Path, tmp_path: Path
+) -> None:
+    loaded = mithridate(
+        "load", quick, "--dataset", "digits[test,:4]", "--rate", "20", *QUICKLY, "--out", tmp_path / "o"
+    )
+    assert (tmp_path / "o" / "summary.json").exists(), loaded.err
+    options = ("--dataset", "digits[test,:4]", "--load", tmp_path / "o" / "summary.json", "--out", tmp_path / "v")
+    result = mithridate("evaluate", digits_bundle, *options)
+    assert result.code == 2
+    assert "load test of another bundle" in result.err
+    assert not (tmp_path / "v").exists()

@@ -8,12 +8,13 @@ from mithridate.attacks.adaptive.cost import CostAttack
 from mithridate.attacks.adaptive.hijack import Hijack
 from mithridate.attacks.adaptive.rounds import FPA, GMSA, LockStep
 from mithridate.attacks.adaptive.simulation import AdaptiveAttack, Found, Simulation
-from mithridate.attacks.adaptive.through import ThroughSurrogate
+from mithridate.attacks.adaptive.through import AutoThroughSurrogate, ThroughSurrogate
 
 __all__ = [
     "FPA",
     "GMSA",
     "AdaptiveAttack",
+    "AutoThroughSurrogate",
     "Contamination",
     "CostAttack",
     "Found",

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from mithridate.attacks.adaptive.hijack import Searched
-from mithridate.attacks.adaptive.rounds import ascend
+from mithridate.attacks.adaptive.rounds import ascend, in_parts
 from mithridate.attacks.adaptive.simulation import Simulation, random_start
 from mithridate.defenses.base import Budget
 from mithridate.types import Epsilon, Images, Pixels, to_images, to_pixels
@@ -46,24 +46,26 @@ class CostAttack:
         clean = self._count(simulation, pixels, generator)
         best, most = pixels.clone(), clean.clone()
         points = random_start(pixels, self.epsilon, generator)
-        for _ in range(max(1, self.steps // self.every)):
+        for some in in_parts(self.steps, self.every):
             for rows in torch.arange(len(pixels)).split(self.rows):
-                points[rows] = self._some_steps(searched, pixels[rows], points[rows], generator)
+                points[rows] = self._some_steps(searched, some, pixels[rows], points[rows], generator)
             seen = to_pixels(points)
             steps = self._count(simulation, seen, generator)
             better = steps > most
             best[better], most = seen[better], torch.maximum(most, steps)
         return Costly(pixels=best, steps=most, clean_steps=clean)
 
-    def _some_steps(self, searched: Searched, pixels: Pixels, start: Images, generator: torch.Generator) -> Images:
+    def _some_steps(
+        self, searched: Searched, steps: int, pixels: Pixels, start: Images, generator: torch.Generator
+    ) -> Images:
         with torch.no_grad():
             guides = searched.guides(searched.embed(to_images(to_pixels(start)), generator))
 
         def disagreement(images: Images) -> torch.Tensor:
             votes = searched.votes(searched.embed(images, generator), guides, self.temperature).log_softmax(1)
-            return -(votes.exp() * votes).sum(1)
+            return -(votes.exp() * votes).sum(1).to(images.device)
 
-        end, _ = ascend(disagreement, pixels, start, epsilon=self.epsilon, steps=self.every, step_size=self.step_size)
+        end, _ = ascend(disagreement, pixels, start, epsilon=self.epsilon, steps=steps, step_size=self.step_size)
         return end
 
     def _count(self, simulation: Simulation, pixels: Pixels, generator: torch.Generator) -> torch.Tensor:

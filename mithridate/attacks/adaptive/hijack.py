@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mithridate.attacks.adaptive.rounds import CONFIDENCE, ascend, losses
+from mithridate.attacks.adaptive.rounds import CONFIDENCE, ascend, in_parts, losses
 from mithridate.attacks.adaptive.simulation import Embeds, Found, Simulation, begin, random_start
 from mithridate.defenses.base import Resources
 from mithridate.neighbors import NeighborIndex
@@ -56,11 +56,9 @@ class Hijack:
         searched = Searched.of(simulation, self.guides)
         judge = begin(simulation, pixels, labels, generator, candidates)
         points = random_start(pixels, self.epsilon, generator)
-        for _ in range(max(1, self.steps // self.every)):
+        for steps in in_parts(self.steps, self.every):
             for rows in judge.groups(self.rows):
-                points[rows] = self._some_steps(
-                    searched, simulation, pixels[rows], labels[rows], points[rows], generator
-                )
+                points[rows] = self._some_steps(searched, steps, pixels[rows], labels[rows], points[rows], generator)
             judge.look(judge.rows, to_pixels(points[judge.rows]))
             judge.remember()
         return judge.found()
@@ -68,7 +66,7 @@ class Hijack:
     def _some_steps(
         self,
         searched: Searched,
-        simulation: Simulation,
+        steps: int,
         pixels: Pixels,
         labels: Labels,
         start: Images,
@@ -79,14 +77,15 @@ class Hijack:
 
         def objective(images: Images) -> torch.Tensor:
             embedding = searched.embed(images, generator)
-            votes = searched.votes(embedding, guides, self.temperature)  # [R, C]
+            votes = searched.votes(embedding, guides, self.temperature).to(images.device)  # [R, C]
             margin = losses(votes[:, None], labels, "margin")[:, 0]
             if not self.base:
                 return margin
-            logits = searched.resources.classifier(images)
+            classifier = searched.resources.classifier
+            logits = classifier(images.to(classifier.device)).to(images.device)
             return margin + self.base * losses(logits[:, None], labels, "margin", confidence=CONFIDENCE)[:, 0]
 
-        end, _ = ascend(objective, pixels, start, epsilon=self.epsilon, steps=self.every, step_size=self.step_size)
+        end, _ = ascend(objective, pixels, start, epsilon=self.epsilon, steps=steps, step_size=self.step_size)
         return end
 
 
@@ -116,6 +115,7 @@ class Searched:
 
     def embed(self, images: Images, generator: torch.Generator) -> torch.Tensor:
         """``[R, D]``, as the defence embeds, differentiable."""
+        images = images.to(self.resources.classifier.device)
         if self.embeds is not None:
             return self.embeds.embed(images, generator=generator)
         return self.resources.classifier.embed(images)

@@ -41,6 +41,15 @@ def losses(logits: Logits, labels: Labels, loss: Loss, *, confidence: float = to
     return (logits.scatter(2, places, -torch.inf).amax(2) - true).clamp_max(confidence)
 
 
+def in_parts(steps: int, every: int) -> list[int]:
+    """``steps`` in parts of ``every``, the last one shorter where it does not go into them.
+
+    >>> in_parts(25, 10)
+    [10, 10, 5]
+    """
+    return [min(every, steps - start) for start in range(0, steps, every)]
+
+
 def ascend(
     objective: Objective, clean: Pixels, start: Images, *, epsilon: Epsilon, steps: int, step_size: float
 ) -> tuple[Images, Pixels]:
@@ -59,7 +68,7 @@ def ascend(
         best[better] = to_pixels(seen.detach()[better])
         if step < steps:
             (gradient,) = torch.autograd.grad(values.sum(), seen)
-            point = torch.clamp(point + step_size * gradient.sign(), low, high)
+            point = torch.clamp(point + step_size * gradient.sign(), low, high)  # the sign of NaN is 0
     return point, best
 
 
@@ -152,11 +161,6 @@ class LockStep:
     def gradient_steps(self) -> int:
         return self.steps
 
-    @property
-    def rounds(self) -> int:
-        """How often it adapts."""
-        return max(1, self.steps // self.every)
-
     def run(
         self,
         simulation: Simulation,
@@ -182,9 +186,11 @@ class _Plan:
     base_round: bool = True
 
     @property
-    def steps(self) -> int:
-        """Of one round, per model where they widen."""
-        return self.attack.every if isinstance(self.attack, LockStep) else self.attack.steps
+    def steps(self) -> list[int]:
+        """Of each round, per model where they widen."""
+        if isinstance(self.attack, LockStep):
+            return in_parts(self.attack.steps, self.attack.every)
+        return [self.attack.steps] * (self.attack.rounds + 1)
 
 
 def _in_rounds(
@@ -197,11 +203,14 @@ def _in_rounds(
 ) -> Found:
     judge = begin(simulation, pixels, labels, generator, candidates)
     starts = random_start(pixels, plan.attack.epsilon, generator)
-    groups = [_Group(plan, simulation, judge, rows, generator) for rows in judge.groups(plan.attack.rows)]
-    for number in range(plan.attack.rounds + 1):
-        for group in groups:
+    looks = [judge.standing.clone() for _ in plan.steps]
+    for rows in judge.groups(plan.attack.rows):  # one group to the end: what is held of all would fill the memory
+        group = _Group(plan, simulation, judge, rows, generator)
+        for number, look in enumerate(looks):
             group.advance(number, pixels, labels, starts)
-        judge.remember()
+            look[rows] = judge.standing[rows]
+    for look in looks:
+        judge.remember(look)
     return judge.found()
 
 
@@ -215,8 +224,8 @@ class _Group:
         self._rows, self._held = rows, list[Any]()
 
     def advance(self, number: int, pixels: Pixels, labels: Labels, points: Images) -> None:
-        """One round: adapts to where the images are now, ascends, and looks at where they came to. Images that fell
-        in an earlier round stay where they were."""
+        """One round: adapts to where the images are now, ascends, and looks at where they came to, but for images that
+        fell in an earlier round: what was found for those stays."""
         plan, rows, attack = self._plan, self._rows, self._plan.attack
         if not bool(self._judge.standing[rows].any()):
             return
@@ -232,7 +241,7 @@ class _Group:
                 each = each[:, 1:]
             return each.mean(1) if plan.reduce == "avg" else each.amin(1)
 
-        steps = plan.steps * (1 + len(held) if plan.widen else 1)
+        steps = plan.steps[number] * (1 + len(held) if plan.widen else 1)
         end, best = ascend(
             objective, pixels[rows], points[rows], epsilon=attack.epsilon, steps=steps, step_size=attack.step_size
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -9,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from mithridate.attacks.judging import BestPoints
-from mithridate.defenses.base import Budget, Defence
+from mithridate.defenses.base import Budget, Defence, Resources
 from mithridate.types import Epsilon, Images, Labels, Logits, Pixels, to_images
 
 _ROWS = 256
@@ -19,6 +20,9 @@ _ROWS = 256
 @runtime_checkable
 class Holds(Protocol):
     """A defence whose weights depend on the image, and which lets an attacker have them (``RMC``)."""
+
+    @property
+    def resources(self) -> Resources: ...
 
     @property
     def answers_as_base(self) -> bool:
@@ -79,10 +83,12 @@ class AdaptiveAttack(Protocol):
 @dataclass(frozen=True, kw_only=True)
 class Simulation:
     """``defence`` as an attacker runs it. ``checks``: how many private draws a point must fool to count as broken (1
-    for a deterministic defence); ``queries`` counts images asked for."""
+    for a deterministic defence); ``queries`` counts images asked for. With a ``memory``, which only a deterministic
+    defence may have, no point is asked for twice, in whichever simulation that shares it."""
 
     defence: Defence
     checks: int = 1
+    memory: dict[bytes, float] | None = None
     queries: list[int] = field(default_factory=lambda: [0])
 
     @property
@@ -104,14 +110,26 @@ class Simulation:
     def logits(self, images: Images, held: Sequence[Any], *, generator: torch.Generator) -> Logits:
         """``[N, 1 + M, C]``, base model first, or ``[N, 1, C]``: the defence's surrogate, where nothing is held."""
         if isinstance(self.defence, Holds):
-            return self.defence.held_logits(images, held, generator=generator)
-        return self.defence.surrogate(images, generator=generator, budget=Budget())[:, None]
+            device = self.defence.resources.classifier.device
+            return self.defence.held_logits(images.to(device), held, generator=generator).to(images.device)
+        return shown(self.defence, images, generator=generator)[:, None]
 
     def margins(self, pixels: Pixels, labels: Labels, *, generator: torch.Generator) -> torch.Tensor:
         """float64 ``[N]``: by how much the log score of the true class leads, in the answers a client would get: the
         smallest lead of no more than ``checks`` draws for those that every draw misreads, the largest for the others.
         """
-        found: list[torch.Tensor] = []
+        if self.memory is None:
+            return self._asked(pixels, labels, generator)
+        pairs = zip(pixels.cpu().flatten(1).numpy(), labels.tolist(), strict=True)
+        keys = [hashlib.sha256(row.tobytes() + str(label).encode()).digest() for row, label in pairs]
+        unknown = torch.tensor([place for place, key in enumerate(keys) if key not in self.memory], dtype=torch.long)
+        if len(unknown):
+            fresh = self._asked(pixels[unknown], labels[unknown], generator)
+            self.memory.update({keys[place]: value for place, value in zip(unknown, fresh.tolist(), strict=True)})
+        return torch.tensor([self.memory[key] for key in keys], dtype=torch.float64)
+
+    def _asked(self, pixels: Pixels, labels: Labels, generator: torch.Generator) -> torch.Tensor:
+        found: list[torch.Tensor] = [torch.zeros(0, dtype=torch.float64)]
         for start in range(0, len(pixels), _ROWS):
             images, truth = to_images(pixels[start : start + _ROWS]), labels[start : start + _ROWS]
             worst = self._margins(images, truth, generator)
@@ -125,14 +143,17 @@ class Simulation:
 
     def _margins(self, images: Images, labels: Labels, generator: torch.Generator) -> torch.Tensor:
         self.queries[0] += len(images)
-        scores = self.defence.predict(images, generator=generator, budget=Budget()).scores.double()
-        answers = scores.argmax(1)
+        answer = self.defence.predict(images, generator=generator, budget=Budget())
+        scores = answer.scores.double()
+        right = scores.argmax(1) == labels
+        if answer.abstained is not None:
+            right &= ~answer.abstained.cpu()  # an image that is turned away is not answered rightly
         logs = scores.clamp_min(1e-30).log()
         true = logs.gather(1, labels[:, None])[:, 0]
         lead = true - logs.scatter(1, labels[:, None], -torch.inf).amax(1)
         # Equal scores are answered with the class of the lower index: what the answer says decides.
         tiny = torch.finfo(torch.float64).tiny
-        return torch.where(answers == labels, lead.clamp_min(tiny), lead.clamp_max(-tiny))
+        return torch.where(right, lead.clamp_min(tiny), lead.clamp_max(-tiny))
 
 
 class Judge:
@@ -151,9 +172,9 @@ class Judge:
             self._best.offer(rows, points, margins)
             self.standing[rows] &= margins >= 0
 
-    def remember(self) -> None:
-        """Files who stands now."""
-        self._stood.append(self.standing.clone())
+    def remember(self, stood: torch.Tensor | None = None) -> None:
+        """Files who stands now, or who ``stood``."""
+        self._stood.append(self.standing.clone() if stood is None else stood)
 
     @property
     def rows(self) -> torch.Tensor:
@@ -182,6 +203,12 @@ def begin(
         judge.look(judge.rows, points[judge.rows])
     judge.remember()
     return judge
+
+
+def shown(defence: Defence, images: Images, *, generator: torch.Generator) -> Logits:
+    """What ``defence`` shows attackers of ``images``, which stay where they are: on the CPU, wherever it runs."""
+    device = defence.resources.classifier.device
+    return defence.surrogate(images.to(device), generator=generator, budget=Budget()).to(images.device)
 
 
 def random_start(pixels: Pixels, epsilon: Epsilon, generator: torch.Generator) -> Images:

@@ -8,14 +8,18 @@ attacked through a ``twin`` that has: what counts is what the defence itself say
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 
-from mithridate.attacks.adaptive.rounds import CONFIDENCE, Loss, ascend, losses
-from mithridate.attacks.adaptive.simulation import Found, Simulation, begin, random_start
-from mithridate.defenses.base import Budget, Defence
-from mithridate.types import Epsilon, Images, Labels, Pixels, to_pixels
+from mithridate.attacks.adaptive.rounds import CONFIDENCE, Loss, ascend, in_parts, losses
+from mithridate.attacks.adaptive.simulation import Found, Simulation, begin, random_start, shown
+from mithridate.attacks.white_box.apgd import APGD
+from mithridate.defenses.base import Defence
+from mithridate.types import Epsilon, Images, Labels, Logits, Pixels, to_pixels
+
+_CHECKS = 3
+"""Calls of a random surrogate, on the way, that a point has to fool. The defence itself is asked more often."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +33,7 @@ class ThroughSurrogate:
     step_size: float = 1 / 255
     loss: Loss = "margin"
     confidence: float = CONFIDENCE
-    twin: Defence | None = None
+    twin: Defence | None = field(default=None, repr=False)
     rows: int = 64
 
     @property
@@ -51,11 +55,11 @@ class ThroughSurrogate:
     ) -> Found:
         judge = begin(simulation, pixels, labels, generator, candidates)
         points, defence = random_start(pixels, self.epsilon, generator), self.twin or simulation.defence
-        for _ in range(max(1, self.steps // self.every)):
+        for steps in in_parts(self.steps, self.every):
             for rows in judge.groups(self.rows):
 
                 def objective(images: Images, truth: Labels = labels[rows]) -> torch.Tensor:
-                    logits = defence.surrogate(images, generator=generator, budget=Budget())
+                    logits = shown(defence, images, generator=generator)
                     return losses(logits[:, None], truth, self.loss, confidence=self.confidence)[:, 0]
 
                 end, best = ascend(
@@ -63,7 +67,7 @@ class ThroughSurrogate:
                     pixels[rows],
                     points[rows],
                     epsilon=self.epsilon,
-                    steps=self.every,
+                    steps=steps,
                     step_size=self.step_size,
                 )
                 points[rows] = end
@@ -71,4 +75,43 @@ class ThroughSurrogate:
                 standing = rows[judge.standing[rows]]
                 judge.look(standing, to_pixels(points[standing]))
             judge.remember()
+        return judge.found()
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoThroughSurrogate:
+    """Auto-PGD through the surrogate: what the base model has to stand, its defences have to stand too. The defence
+    itself is asked about where it ended."""
+
+    attack: APGD
+    rows: int = 64
+
+    @property
+    def name(self) -> str:
+        return self.attack.name
+
+    @property
+    def gradient_steps(self) -> int:
+        """A targeted one takes its steps for each target."""
+        return self.attack.steps * self.attack.restarts * (self.attack.targets if self.attack.loss == "t" else 1)
+
+    def run(
+        self,
+        simulation: Simulation,
+        pixels: Pixels,
+        labels: Labels,
+        *,
+        generator: torch.Generator,
+        candidates: Sequence[Pixels] = (),
+    ) -> Found:
+        judge = begin(simulation, pixels, labels, generator, candidates)
+        attack = replace(self.attack, checks=min(simulation.checks, _CHECKS))
+
+        def forward(images: Images) -> Logits:
+            return shown(simulation.defence, images, generator=generator)
+
+        for rows in judge.rows.split(self.rows):
+            if len(rows):
+                judge.look(rows, attack.run(forward, pixels[rows], labels[rows], generator=generator))
+        judge.remember()
         return judge.found()

@@ -1,0 +1,162 @@
+"""``evaluate`` as a user gives it: what it writes and where, its exit codes, and that bad input leaves nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+TINY = (
+    "--threads",
+    1,
+    "--rounds",
+    1,
+    "--steps",
+    10,
+    "--queries",
+    10,
+    "--repeats",
+    2,
+    "--gate-images",
+    5,
+    "--curve-images",
+    0,
+)
+ASKED = ("--dataset", "digits[test,:6]", "--defense", "rmc", "--attacks", "standard", "--epsilon", "16/255", *TINY)
+FILES = {"work", "evaluation.json", "samples.jsonl", "junit.xml", "report.html"}
+
+
+@pytest.fixture
+def bundle(digits_bundle: Path, tmp_path: Path) -> Path:
+    """One of its own, to write a card into."""
+    return Path(shutil.copytree(digits_bundle, tmp_path / "bundle"))
+
+
+def test_it_writes_a_report_and_the_card_that_verify_reads(mithridate: Callable, bundle: Path, tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "report"
+    first = mithridate("evaluate", bundle, *ASKED, "--no-card", "--out", out)
+    assert first.code == 0, first.err
+    assert {path.name for path in out.iterdir()} == FILES
+    for text in ("6 images, epsilon 16/255, standard attacks", "none", "rmc", "worst case", "verdict"):
+        assert text in first.out
+    assert f"report: {out / 'report.html'}" in first.err
+    assert not (bundle / "card.json").exists()
+    assert json.loads(mithridate("verify", bundle, "--json").out)["card"] is None
+
+    refused = mithridate("evaluate", bundle, *ASKED, "--out", out)
+    assert refused.code == 2
+    assert "--resume" in refused.err
+    assert not (bundle / "card.json").exists()
+
+    load = tmp_path / "summary.json"
+    load.write_text(json.dumps({"schema": 1, "steps": [], "url": "http://somewhere"}))
+    cells = {file.name: file.stat().st_mtime_ns for file in (out / "work").glob("*.npz")}
+    again = mithridate("evaluate", bundle, *ASKED, "--out", out, "--resume", "--strict", "--json", "--load", load)
+    assert {file.name: file.stat().st_mtime_ns for file in (out / "work").glob("*.npz")} == cells
+    content = json.loads(again.out)
+    assert content == json.loads((out / "evaluation.json").read_text())
+    assert content["service"]["url"] == "http://somewhere"
+    assert [one["name"] for one in content["defences"]] == ["none", "rmc"]
+    rulings = {one["ruling"] for one in content["defences"]}
+    assert again.code == (1 if rulings & {"harmful", "not trustworthy"} else 0)
+
+    verified = mithridate("verify", bundle, "--json")
+    assert verified.code == 0
+    card = json.loads(verified.out)["card"]
+    assert (card["images"], card["epsilon"], card["suite"]) == (6, "16/255", "standard")
+    assert [entry["name"] for entry in card["defenses"]] == ["none", "rmc"]
+    for entry, one in zip(card["defenses"], content["defences"], strict=True):
+        assert entry["worst_case"]["right"] == sum(one["worst"])
+
+    other = mithridate("evaluate", bundle, *ASKED, "--out", out, "--resume", "--seed", 5)
+    assert other.code == 2
+    assert "seed" in other.err
+    assert json.loads((out / "evaluation.json").read_text()) == content, "what was there is left alone"
+
+
+@pytest.mark.parametrize(("ruling", "code"), [("harmful", 1), ("not trustworthy", 1), ("gain", 0)])
+def test_strict_says_by_its_exit_code_what_was_found(
+    ruling: str, code: int, mithridate: Callable, digits_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With findings made up, so that each ruling occurs."""
+    from dataclasses import replace
+
+    import mithridate.evaluation.evaluate as module
+    from mithridate.evaluation.findings import DefenceFindings, Evaluation
+
+    def one(name: str, said: str) -> DefenceFindings:
+        return DefenceFindings(
+            name=name, description="", random=False, clean=(True, True), cells=(), worst=(True, False),
+            latency_factor=1.0, gates=(), clean_cost=None, gain=None, ruling=said, reasons=("because",),  # type: ignore[arg-type]
+        )  # fmt: skip
+
+    def made(plan: module.EvaluationPlan, work: Path, **_: object) -> Evaluation:
+        work.mkdir(parents=True)
+        return Evaluation(
+            command="", created="2026-01-01T00:00:00+00:00", seconds=1.0, environment={},
+            bundle={"name": "digits", "digest": plan.bundle.digest}, dataset={"spec": "d", "fingerprint": "f"},
+            classes=tuple(plan.data.classes), images=2, labels=(0, 1), epsilon="16/255", seed=0, suite="standard",
+            defences=(one("none", "base"), replace(one("rmc", ruling))),
+        )  # fmt: skip
+
+    monkeypatch.setattr(module, "evaluate", made)
+    asked = ("evaluate", digits_bundle, *ASKED, "--no-card")
+    assert mithridate(*asked, "--out", tmp_path / "strict", "--strict").code == code
+    assert mithridate(*asked, "--out", tmp_path / "plain").code == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--defense", "nonsense"), "nonsense"),
+        (("--defense", "rmc:gate=7"), "gate"),
+        (("--defense", "prm"), "no PRM"),
+        (("--defense", "rmc:scope=tail"), "tail"),
+        (("--steps", 0), "steps 0 is out of range"),
+        (("--rounds", 0), "rounds 0 is out of range"),
+        (("--minutes", 0), "allowed: above 0"),
+        (("--minutes", "nan"), "allowed: above 0"),
+        (("--gate-images", 1), "allowed: 5 to"),
+        (("--epsilon", "0.03"), "as in 8/255"),
+        (("--epsilon", "0/255"), "epsilon 0/255"),
+        (("--attacks", "some"), "standard"),
+        (("--dataset", "digits[test,:0]"), ""),
+        (("--dataset", "npz:nowhere.npz"), "nowhere.npz"),
+        (("--load", "nowhere.json"), "nowhere.json is no summary of a load test"),
+        (("--load", __file__), "is no summary of a load test"),
+        (("--device", "cuda:99"), "cuda"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    options: tuple[object, ...], says: str, mithridate: Callable, digits_bundle: Path, tmp_path: Path
+) -> None:
+    before = sorted(path.name for path in digits_bundle.iterdir())
+    result = mithridate("evaluate", digits_bundle, *ASKED, "--out", tmp_path / "out", *options)
+    assert result.code == 2
+    assert result.err.count("\n") == 1, result.err
+    assert result.err.startswith("error: ")
+    assert says in result.err
+    assert list(tmp_path.iterdir()) == []
+    assert sorted(path.name for path in digits_bundle.iterdir()) == before
+
+
+def test_a_list_is_no_summary_and_another_data_set_does_not_fit(
+    mithridate: Callable, digits_bundle: Path, tmp_path: Path
+) -> None:
+    import numpy as np
+
+    (tmp_path / "list.json").write_text("[1, 2]")
+    random = np.random.default_rng(0)
+    np.savez(
+        tmp_path / "colour.npz",
+        images=random.integers(0, 256, (6, 32, 32, 3), dtype=np.uint8),
+        labels=np.arange(6) % 3,
+    )
+    for options in (("--load", tmp_path / "list.json"), ("--dataset", f"npz:{tmp_path / 'colour.npz'}")):
+        result = mithridate("evaluate", digits_bundle, *ASKED, "--out", tmp_path / "out", *options)
+        assert result.code == 2
+        assert result.err.count("\n") == 1, result.err
+        assert not (tmp_path / "out").exists()
