@@ -40,6 +40,26 @@ def adaptive_cost(content: dict[str, Any]) -> Iterator[str]:
     )
 
 
+def planted(content: dict[str, Any]) -> Iterator[str]:
+    """Defences that are broken on purpose: how many images stand, and which gates failed."""
+    rows = content["rows"]
+    attacks = list(dict.fromkeys(attack for row in rows for attack in row["attacks"]))
+    yield f"\n{content['dataset']}, {content['images']} images, epsilon {content['epsilon']}; images that stand:"
+    yield from table(
+        ["defence", "clean", *attacks, "worst case", "flagged by"],
+        [
+            [
+                f"`{row['defense']}`",
+                str(row["clean"]),
+                *(str(row["attacks"].get(attack, "")) for attack in attacks),
+                str(row["worst"]),
+                ", ".join(row["flags"]) or "none",
+            ]
+            for row in rows
+        ],
+    )
+
+
 def _cell(cell: dict[str, Any] | None) -> str:
     return "" if cell is None else f"{100 * cell['accuracy']:.1f}"
 

@@ -17,6 +17,7 @@ from mithridate.defenses.averaging import Draws, Run, bytes_of_a_pass
 from mithridate.defenses.base import Resources
 from mithridate.defenses.networks import Network
 from mithridate.defenses.options import require
+from mithridate.errors import OptionError
 from mithridate.types import Images, Logits
 
 _PLACES = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))
@@ -44,6 +45,13 @@ class Views:
 
     resources: Resources
     config: TTAConfig
+
+    def __post_init__(self) -> None:
+        side = min(self.resources.classifier.spec.image_shape[1:])
+        if self.config.shift >= side:
+            raise OptionError(
+                f"tta: shift={self.config.shift} moves all of a {side} pixel image out of itself; allowed: below {side}"
+            )
 
     @property
     def views(self) -> tuple[tuple[int, int, bool], ...]:

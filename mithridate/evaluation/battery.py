@@ -28,6 +28,7 @@ from mithridate.attacks.black_box import RandomNoise, RayS, Square
 from mithridate.attacks.in_process import InProcessOracle
 from mithridate.attacks.oracle import BlackBoxAttack
 from mithridate.defenses.base import Defence, Resources
+from mithridate.defenses.options import split_text
 from mithridate.defenses.pipeline import build_defence, split_stages
 from mithridate.evaluation.effort import Effort
 from mithridate.evaluation.findings import AttackKind
@@ -39,6 +40,8 @@ _ROUNDS = ("gmsa-avg", "gmsa-min", "lock-step")
 """Against a defence that adapts nothing these are what FPA is: gradient steps on the one model there is."""
 
 _LOSSES: tuple[Loss, ...] = ("margin", "ce")
+
+_SELECTION = ("neighbors", "balanced", "adversarial", "radius")
 
 _BATCH = 64
 _ASKED = 5
@@ -129,7 +132,9 @@ def columns(target: Target, suite: Suite) -> list[Column]:
         _adaptive("fpa", fpa),
         _adaptive("gmsa-avg", average),
         _adaptive("gmsa-min", least),
-        _adaptive("lock-step", [LockStep(epsilon=epsilon, steps=twice, step_size=small)]),
+        _adaptive(
+            "lock-step", [LockStep(epsilon=epsilon, steps=twice, step_size=small, loss=loss) for loss in _LOSSES]
+        ),
     ]
     if not target.simulation.holds:
         found = [replace(column, same_as="fpa") if column.name in _ROUNDS else column for column in found]
@@ -211,15 +216,19 @@ def _plain(attack: str, config: str, pixels: Pixels, started: float, steps: int)
 
 
 def _twin(defence: Defence) -> Defence | None:
-    """A defence whose gradient goes through the closed-form head and soft neighbours, in the place of ``defence``; the
-    neighbour votes' own surrogate is soft already. None where no neighbours are asked."""
-    families = [part.partition(":")[0] for part in split_stages(defence.name)]
+    """A defence whose gradient goes through the closed-form head and soft neighbours, in the place of ``defence``, with
+    its selection as far as it names one; the neighbour votes' own surrogate is soft already. None where no neighbours
+    are asked."""
+    parts = split_stages(defence.name)
+    families = [part.partition(":")[0] for part in parts]
     if families[0] in ("webnn", "deepnn"):
         return defence
     if "rmc" not in families or not defence.resources.classifier.has_head:
         return None
-    stages = [part for part in split_stages(defence.name) if part.partition(":")[0] not in ("sap", "region")]
-    soft = "rmc:temperature=0.25,gate=0"
+    chosen = split_text(parts[families.index("rmc")])[1]
+    options = {key: value for key, value in chosen.items() if key in _SELECTION} | {"temperature": "0.25", "gate": "0"}
+    soft = "rmc:" + ",".join(f"{key}={value}" for key, value in options.items())
+    stages = [part for part, family in zip(parts, families, strict=True) if family not in ("sap", "region", "tta")]
     return build_defence("+".join(soft if part.startswith("rmc") else part for part in stages), defence.resources)
 
 

@@ -36,6 +36,9 @@ from mithridate.types import Epsilon, Pixels
 
 Progress = Callable[[str, int, int], None]
 
+ENGINE = 2
+"""Goes up where attacks change: what an older engine made is not gone on with."""
+
 _BASE = "none"
 _WORST_SEED = 0x0AF
 _OFTEN = 0.9
@@ -59,6 +62,7 @@ class EvaluationPlan:
     def describe(self) -> dict[str, object]:
         """What a result depends on."""
         return {
+            "engine": ENGINE,
             "bundle": self.bundle.digest,
             "dataset": self.data.fingerprint(),
             "epsilon": str(self.epsilon),

@@ -51,14 +51,11 @@ def test_it_writes_a_report_and_the_card_that_verify_reads(mithridate: Callable,
     assert "--resume" in refused.err
     assert not (bundle / "card.json").exists()
 
-    load = tmp_path / "summary.json"
-    load.write_text(json.dumps({"schema": 1, "steps": [], "url": "http://somewhere"}))
     cells = {file.name: file.stat().st_mtime_ns for file in (out / "work").glob("*.npz")}
-    again = mithridate("evaluate", bundle, *ASKED, "--out", out, "--resume", "--strict", "--json", "--load", load)
+    again = mithridate("evaluate", bundle, *ASKED, "--out", out, "--resume", "--strict", "--json")
     assert {file.name: file.stat().st_mtime_ns for file in (out / "work").glob("*.npz")} == cells
     content = json.loads(again.out)
     assert content == json.loads((out / "evaluation.json").read_text())
-    assert content["service"]["url"] == "http://somewhere"
     assert [one["name"] for one in content["defences"]] == ["none", "rmc"]
     rulings = {one["ruling"] for one in content["defences"]}
     assert again.code == (1 if rulings & {"harmful", "not trustworthy"} else 0)
@@ -125,7 +122,7 @@ def test_strict_says_by_its_exit_code_what_was_found(
         (("--attacks", "some"), "standard"),
         (("--dataset", "digits[test,:0]"), ""),
         (("--dataset", "npz:nowhere.npz"), "nowhere.npz"),
-        (("--load", "nowhere.json"), "nowhere.json is no summary of a load test"),
+        (("--load", "nowhere.json"), "nowhere.json cannot be read"),
         (("--load", __file__), "is no summary of a load test"),
         (("--device", "cuda:99"), "cuda"),
     ],

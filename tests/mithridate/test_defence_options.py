@@ -205,7 +205,7 @@ RIDGE_KEYS = "abstain, adversarial, anchor, balanced, gate, held_out, mix, neigh
             [
                 "unknown defence 'rmcc'",
                 "did you mean 'rmc'",
-                "deepnn, knn-oat, none, pixel-deflection, prm, randomization, region, rmc, sap, webnn",
+                "deepnn, knn-oat, none, pixel-deflection, prm, randomization, region, rmc, sap, tta, webnn",
             ],
         ),
         ("", ["unknown defence ''"]),

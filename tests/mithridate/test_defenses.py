@@ -204,7 +204,7 @@ def test_the_surrogate_is_differentiable_and_agrees_with_the_answer(
             [
                 "unknown defence 'rmcc'",
                 "did you mean 'rmc'",
-                "deepnn, knn-oat, none, pixel-deflection, prm, randomization, region, rmc, sap, webnn",
+                "deepnn, knn-oat, none, pixel-deflection, prm, randomization, region, rmc, sap, tta, webnn",
             ],
         ),
         ("", ["unknown defence ''"]),

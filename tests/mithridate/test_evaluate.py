@@ -79,7 +79,7 @@ def test_the_base_is_first_and_one_defence_is_one_row(whole: Evaluation) -> None
 
 def test_every_defence_gets_every_attack(whole: Evaluation) -> None:
     base, rmc, sap = whole.defences
-    everyone = {"white-box", "noise", "fpa", "gmsa-avg", "gmsa-min", "lock-step", "hijack", "square"}
+    everyone = {"white-box", "apgd", "noise", "fpa", "gmsa-avg", "gmsa-min", "lock-step", "hijack", "square"}
     for one in whole.defences:
         assert everyone <= {cell.attack for cell in one.cells}
         assert all(len(cell.right) == IMAGES for cell in one.cells)

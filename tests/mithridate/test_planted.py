@@ -76,7 +76,8 @@ def test_broken_on_purpose_is_flagged_and_falls(
     assert sum(found[1]) <= sum(base[1]) + 0.1 * IMAGES  # and stands no longer than its base, to a few lucky draws
     assert judged(name, found, base).ruling == "not trustworthy"
     fallen = [t for t in found[2] if t.kind in ("black-box", "transfer", "white-box")]
-    assert min(sum(t.right) for t in fallen) <= 0.15 * IMAGES
+    lucky = 0.1 if name == "hidden-randomness" else 0.0  # one draw says right of some that most draws misread
+    assert min(sum(t.right) for t in fallen) <= (0.15 + lucky) * IMAGES
 
 
 def test_gradients_alone_would_have_called_it_strong(resources: Resources, digits: tuple[Pixels, Labels]) -> None:

@@ -53,12 +53,13 @@ def small(resources: Resources) -> AllAdapter:
 
 
 @pytest.mark.parametrize(
-    ("rate", "epochs", "patience", "double"), [(2.5e-5, 4, 5, False), (1e-3, 3, 5, True), (3e-3, 30, 2, True)]
+    ("rate", "epochs", "patience", "double"),
+    [(2.5e-5, 4, 5, False), (2.5e-5, 4, 5, True), (1e-3, 3, 5, True), (3e-3, 30, 2, True)],
 )
 def test_equals_the_published_procedure(
     resources: Resources, exact: Resources, images: torch.Tensor, rate: float, epochs: int, patience: int, double: bool
 ) -> None:
-    """At larger rates in float64: Adam makes a whole step of a rounding error where a gradient is zero."""
+    """Exactly in float64; in float32 Adam makes a whole step of a rounding error where a gradient is zero."""
     published = Published(
         neighbors=90, learning_rate=rate, batch_size=16, epochs=epochs, patience=patience, held_out=0.2
     )
@@ -73,7 +74,7 @@ def test_equals_the_published_procedure(
     for row, image in enumerate(images):
         logits = reference.predict(image, torch.Generator().manual_seed(query.seeds[row]))
         assert int(adapted.logits[row].argmax()) == int(logits.argmax())
-        torch.testing.assert_close(adapted.logits[row], logits, rtol=0, atol=1e-6 if double else 1e-4)
+        torch.testing.assert_close(adapted.logits[row], logits, rtol=0, atol=1e-6 if double else 1e-3)
         assert adapted.adaptations[row].steps == 5 * reference.epochs
         assert adapted.adaptations[row].stop_reason == ("patience" if reference.epochs < epochs else "max_steps")
 

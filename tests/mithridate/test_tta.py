@@ -81,7 +81,9 @@ def test_a_grey_image_is_not_mirrored_unless_asked(resources: Resources) -> None
     assert Views(resources=resources, config=TTAConfig(shift=0)).views == ((0, 0, False),)
 
 
-@pytest.mark.parametrize("text", ["tta:shift=-1", "tta:shift=65", "tta:flip=maybe", "tta+rmc", "tta:passes=3"])
+@pytest.mark.parametrize(
+    "text", ["tta:shift=-1", "tta:shift=65", "tta:shift=8", "tta:flip=maybe", "tta+rmc", "tta:passes=3"]
+)
 def test_nonsense_is_refused_in_one_line(resources: Resources, text: str) -> None:
     with pytest.raises(OptionError) as caught:
         build_defence(text, resources)

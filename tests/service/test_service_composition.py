@@ -23,7 +23,7 @@ def everything(serving: Serving, manipulated_bundle: Path) -> Iterator[TestClien
 
 def test_all_are_offered_with_what_they_cost(everything: TestClient) -> None:
     listed = {entry["name"]: entry for entry in everything.get("/v1/defenses").json()["defenses"]}
-    assert set(listed) == {"none", "rmc", "webnn", "deepnn", *RANDOM}
+    assert set(listed) == {"none", "rmc", "webnn", "deepnn", "tta", *RANDOM}
     assert all(entry["description"] for entry in listed.values())
     costs = {name: entry["cost"] for name, entry in listed.items()}
     assert all(cost is not None and cost > 0 for cost in costs.values())

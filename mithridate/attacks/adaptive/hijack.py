@@ -58,7 +58,10 @@ class Hijack:
         points = random_start(pixels, self.epsilon, generator)
         for steps in in_parts(self.steps, self.every):
             for rows in judge.groups(self.rows):
-                points[rows] = self._some_steps(searched, steps, pixels[rows], labels[rows], points[rows], generator)
+                points[rows], best = self._some_steps(
+                    searched, steps, pixels[rows], labels[rows], points[rows], generator
+                )
+                judge.look(rows, best)
             judge.look(judge.rows, to_pixels(points[judge.rows]))
             judge.remember()
         return judge.found()
@@ -71,7 +74,7 @@ class Hijack:
         labels: Labels,
         start: Images,
         generator: torch.Generator,
-    ) -> Images:
+    ) -> tuple[Images, Pixels]:
         with torch.no_grad():
             guides = searched.guides(searched.embed(to_images(to_pixels(start)), generator))  # [R, C, m]
 
@@ -85,8 +88,7 @@ class Hijack:
             logits = classifier(images.to(classifier.device)).to(images.device)
             return margin + self.base * losses(logits[:, None], labels, "margin", confidence=CONFIDENCE)[:, 0]
 
-        end, _ = ascend(objective, pixels, start, epsilon=self.epsilon, steps=steps, step_size=self.step_size)
-        return end
+        return ascend(objective, pixels, start, epsilon=self.epsilon, steps=steps, step_size=self.step_size)
 
 
 @dataclass(frozen=True, kw_only=True)

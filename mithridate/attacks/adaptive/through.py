@@ -2,7 +2,8 @@
 
 The surrogate of closed-form RMC runs the search and the fit again at every step, and its gradient goes through the fit
 and through the soft weights of the neighbours. A defence that has none of that (fine-tuned weights, hard selection) is
-attacked through a ``twin`` that has: what counts is what the defence itself says of the points.
+attacked through a ``twin`` that has, and through the base model where a guard may let that answer: what counts is what
+the defence itself says of the points.
 """
 
 from __future__ import annotations
@@ -59,8 +60,12 @@ class ThroughSurrogate:
             for rows in judge.groups(self.rows):
 
                 def objective(images: Images, truth: Labels = labels[rows]) -> torch.Tensor:
-                    logits = shown(defence, images, generator=generator)
-                    return losses(logits[:, None], truth, self.loss, confidence=self.confidence)[:, 0]
+                    logits = shown(defence, images, generator=generator)[:, None]
+                    if self.twin is not None and simulation.answers_as_base:
+                        classifier = simulation.defence.resources.classifier
+                        base = classifier(images.to(classifier.device)).to(logits.device, logits.dtype)
+                        logits = torch.cat([logits, base[:, None]], 1)
+                    return losses(logits, truth, self.loss, confidence=self.confidence).mean(1)
 
                 end, best = ascend(
                     objective,
