@@ -128,6 +128,12 @@ class Point:
     low: float
     high: float
 
+    @classmethod
+    def of(cls, x: float, share: Share) -> Point:
+        """``share`` at ``x``."""
+        low, high = share.interval
+        return cls(x=x, y=share.value, low=low, high=high)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:

@@ -12,6 +12,7 @@ from mithridate.attacks.adaptive.simulation import Simulation
 from mithridate.evaluation.battery import Sent, Target
 from mithridate.evaluation.effort import Pace
 from mithridate.evaluation.findings import Curve, Point, Share
+from mithridate.evaluation.query_curves import standing_after
 from mithridate.evaluation.repeated import score
 from mithridate.types import Epsilon, Pixels
 
@@ -57,7 +58,7 @@ def epsilon_curve(fronts: Sequence[Front], images: int, progress: Callable[[str,
                 found = attack.run(simulation, pixels, labels, generator=generator, candidates=carried).pixels
                 carried = [found]
             scored = score(target.defence, found, labels, repeats=1, seed=target.seed + level, random=target.random)
-            points.append(_point(level, sum(scored.right), len(labels)))
+            points.append(Point.of(level, Share(right=sum(scored.right), n=len(labels))))
         series[front.name] = tuple(points)
     progress("curve", len(fronts), len(fronts))
     return Curve(
@@ -78,10 +79,8 @@ def query_curve(fronts: Sequence[Front]) -> Curve | None:
             if sent.kind != "black-box" or sent.broken_at is None or sent.spent is None:
                 continue
             most = int(sent.spent.max()) if len(sent.spent) else 1
-            points = []
-            for queries in sorted({*(step for step in _LADDER if step < most), most}):
-                standing = (sent.broken_at == 0) | (sent.broken_at > queries)
-                points.append(_point(queries, int(standing.sum()), len(standing)))
+            steps = sorted({*(step for step in _LADDER if step < most), most})
+            points = (Point.of(step, standing_after(sent.broken_at, step)) for step in steps)
             series[_line(front.name, sent.attack, fronts)] = tuple(points)
     return _curve("queries", "Accuracy against queries", "queries an image", series, log_x=True)
 
@@ -90,7 +89,9 @@ def round_curve(fronts: Sequence[Front]) -> Curve | None:
     """Images that still stood after each round of GMSA-MIN, in the simulation; None where it was not run. The first
     point is the transfer attack, from which it starts."""
     series = {
-        front.name: tuple(_point(number, int(stood.sum()), stood.shape[0]) for number, stood in enumerate(sent.stood))
+        front.name: tuple(
+            Point.of(number, Share(right=int(stood.sum()), n=len(stood))) for number, stood in enumerate(sent.stood)
+        )
         for front in fronts
         for sent in front.sent
         if sent.attack == "gmsa-min" and sent.stood is not None and front.target.simulation.holds
@@ -109,9 +110,3 @@ def _curve(
     if not series:
         return None
     return Curve(kind=kind, title=title, x_label=x_label, y_label="accuracy", log_x=log_x, series=series)
-
-
-def _point(x: float, right: int, n: int) -> Point:
-    share = Share(right=right, n=n)
-    low, high = share.interval
-    return Point(x=x, y=share.value, low=low, high=high)

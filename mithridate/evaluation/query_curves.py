@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
+
 from mithridate.attacks.oracle import BlackBoxResult
 from mithridate.evaluation.findings import Curve, Point, Share
 
@@ -13,7 +15,12 @@ LADDER = (100, 1000, 5000)
 
 def accuracy_after(result: BlackBoxResult, queries: int) -> Share:
     """The images that none of the first ``queries`` broke. After one query, that is the clean accuracy."""
-    standing = (result.broken_at == 0) | (result.broken_at > queries)
+    return standing_after(result.broken_at, queries)
+
+
+def standing_after(broken_at: torch.Tensor, queries: int) -> Share:
+    """The same of int64 ``[N]``: the query that broke each, 0 for none."""
+    standing = (broken_at == 0) | (broken_at > queries)
     return Share(right=int(standing.sum()), n=len(standing))
 
 
@@ -30,14 +37,11 @@ def query_curve(
         x_label="queries an image",
         y_label="accuracy",
         log_x=True,
-        series={name: tuple(_point(result, step) for step in steps) for name, result in results.items()},
+        series={
+            name: tuple(Point.of(step, accuracy_after(result, step)) for step in steps)
+            for name, result in results.items()
+        },
     )
-
-
-def _point(result: BlackBoxResult, queries: int) -> Point:
-    share = accuracy_after(result, queries)
-    low, high = share.interval
-    return Point(x=queries, y=share.value, low=low, high=high)
 
 
 def median_queries(result: BlackBoxResult) -> float:

@@ -115,8 +115,7 @@ class AutoThroughSurrogate:
         def forward(images: Images) -> Logits:
             return shown(simulation.defence, images, generator=generator)
 
-        for rows in judge.rows.split(self.rows):
-            if len(rows):
-                judge.look(rows, attack.run(forward, pixels[rows], labels[rows], generator=generator))
+        for rows in judge.groups(self.rows):
+            judge.look(rows, attack.run(forward, pixels[rows], labels[rows], generator=generator))
         judge.remember()
         return judge.found()
