@@ -7,7 +7,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from typing import Annotated, Any
@@ -40,7 +40,7 @@ from service.schemas import (
     Timings,
 )
 from service.settings import Settings
-from service.uploads import RAW_TYPES, decode_upload, read_upload
+from service.uploads import RAW_TYPES, Upload, decode_upload, read_upload
 
 logger = logging.getLogger("mithridate.service")
 
@@ -107,13 +107,18 @@ class Service:
         return loaded
 
     async def predict(self, request: Request, options: PredictOptions) -> PredictResponse:
-        """Answers one request."""
+        """Reads one request of the native API and answers it."""
+        return await self.answer(request, lambda: read_upload(request, options, self.settings))
+
+    async def answer(self, request: Request, read: Callable[[], Awaitable[Upload]]) -> PredictResponse:
+        """What every protocol answers with: admits the request, lets ``read`` take its body, decodes, and runs the
+        defence. Raises Problem."""
         started = time.perf_counter()
         loaded = self.require_loaded()
         self._admit()
         name = "unknown"
         try:
-            upload = await read_upload(request, options, self.settings)
+            upload = await read()
             options = upload.options
             defence = self._choose(loaded, options)
             name, manifest = defence.name, loaded.bundle.manifest
