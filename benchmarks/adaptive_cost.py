@@ -48,7 +48,9 @@ def main(
     opened = Bundle.open(bundle)
     data = load_data(dataset, data_root=None, download=False, image_size=None, split="test")
     pixels, labels = torch.from_numpy(data.images), torch.from_numpy(data.labels)
-    simulation, radius = _Unbroken(defence=build_defence(defense, Resources.load(opened))), Epsilon.parse(epsilon)
+    resources = Resources.load(opened)
+    resources.classifier.quicken()  # as mithridate evaluate does
+    simulation, radius = _Unbroken(defence=build_defence(defense, resources)), Epsilon.parse(epsilon)
     attacks: list[AdaptiveAttack] = [
         FPA(epsilon=radius, rounds=rounds, steps=steps),
         GMSA(epsilon=radius, reduce="avg", rounds=rounds, steps=steps),

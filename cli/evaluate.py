@@ -86,9 +86,11 @@ def evaluate(
     service = None if load is None else _read_load(load, opened.digest)
     data = shared.load_data(dataset, data_root=data_root, download=download, image_size=image_size, split="test")
     opened.check_fits(data)
+    resources = Resources.load(opened, device=shared.check_device(device), allow_factory=arch)
+    resources.classifier.quicken()
     plan = EvaluationPlan(
         bundle=opened,
-        resources=Resources.load(opened, device=shared.check_device(device), allow_factory=arch),
+        resources=resources,
         data=data,
         epsilon=shared.customary_epsilon(dataset, epsilon),
         suite=attacks,

@@ -14,6 +14,7 @@ import torch
 from torch import fx, nn
 
 from mithridate.errors import ModelError
+from mithridate.models.folding import quickened
 from mithridate.models.registry import build_network
 from mithridate.models.splitting import DEFAULT_LAYER, split_network
 from mithridate.types import Embeddings, Images, Logits
@@ -57,6 +58,15 @@ class Trace:
     activation: torch.Tensor | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Quick:
+    """Folded copies, and which versions of the weights they are of."""
+
+    trunk: nn.Module
+    network: nn.Module
+    versions: int
+
+
 class Classifier(nn.Module):
     """A network with its normalisation inside, split before its last linear layer and, if asked, where a tail begins.
 
@@ -79,6 +89,7 @@ class Classifier(nn.Module):
         self._trunk = (split.trunk,)  # in a tuple: its parameters are the network's, and counted there
         self._head = (split.head,)
         self._tail = (split.tail,)
+        self._quick: _Quick | None = None
         self.requires_grad_(False)
 
     @property
@@ -129,8 +140,37 @@ class Classifier(nn.Module):
         """Where the weights are."""
         return self.mean.device
 
+    @property
+    def is_quick(self) -> bool:
+        """Whether folded copies of the layers answer."""
+        return self._quick is not None and self._quick.versions == self._versions()
+
+    def quicken(self) -> None:
+        """Lets ``forward`` and ``trace`` run folded copies of their layers, channels last: the same to rounding, in
+        about 0.6 of the time for a residual network on a CPU. What may be trained or changed between its layers stays
+        as it is, and so does a network that cannot be traced or gives something else then.
+
+        Weights that are changed, loaded or moved afterwards end it.
+        """
+        trunk, example = self._trunk[0], torch.rand(2, *self.spec.image_shape, device=self.device)
+        if not isinstance(trunk, fx.GraphModule):
+            return
+        with _BUILDING, torch.no_grad():
+            expected = self(example), self.trace(example)
+            whole = quickened(fx.symbolic_trace(self.network))
+            self._quick = _Quick(trunk=quickened(trunk), network=whole, versions=self._versions())
+            found = self(example), self.trace(example)
+        pairs = [(expected[0], found[0]), (expected[1].embedding, found[1].embedding)]
+        if not all(torch.allclose(one, other, rtol=1e-3, atol=1e-4) for one, other in pairs):
+            self._quick = None
+
+    def _versions(self) -> int:
+        """Goes up whenever weights or statistics are written to."""
+        return sum(tensor._version for tensor in (*self.network.parameters(), *self.network.buffers()))
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         """To another device, the parts too: what a graph reads directly (a buffer, a token) it holds itself."""
+        self._quick = None
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for part in (self._trunk[0], self._tail[0]):
             if part is not None:
@@ -145,7 +185,8 @@ class Classifier(nn.Module):
 
     def forward(self, images: Images) -> Logits:
         """``[N, C, H, W]`` in [0, 1] to logits ``[N, num_classes]``."""
-        logits: Logits = self.network(self.normalise(images))
+        network = self._quick.network if self._quick is not None and self.is_quick else self.network
+        logits: Logits = network(self.normalise(images))
         return logits
 
     def trace(self, images: Images) -> Trace:
@@ -157,7 +198,8 @@ class Classifier(nn.Module):
         """
         count = len(images)
         images = padded(images)
-        embedding, head_input, *rest = self._trunk[0](self.normalise(images))
+        trunk = self._quick.trunk if self._quick is not None and self.is_quick else self._trunk[0]
+        embedding, head_input, *rest = trunk(self.normalise(images))
         flat = pooled(embedding)[:count]
         return Trace(
             embedding=flat,
