@@ -24,7 +24,16 @@ def serve(
     config: Annotated[Path | None, typer.Option(help="TOML file of settings")] = None,
     arch: shared.ArchOption = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... (default: cpu)")] = None,
+    devices: Annotated[
+        str | None, typer.Option(help="Several instead, as in cuda:0,cuda:1: an engine process each")
+    ] = None,
+    isolation: Annotated[
+        str | None, typer.Option(help="Where the engine runs: process, or thread (default: process)")
+    ] = None,
     threads: shared.ThreadsOption = None,
+    bundle_root: Annotated[
+        Path | None, typer.Option(help="Directory whose bundles POST /admin/bundle may put live (default: none)")
+    ] = None,
     max_images: Annotated[int | None, typer.Option(help="Images in one request (default: 64)")] = None,
     max_batch_images: Annotated[
         int | None, typer.Option(help="Images answered together where requests wait (default: 64)")
@@ -52,7 +61,10 @@ def serve(
             offer=tuple(offer) if offer else None,
             arch=arch,
             device=device,
+            devices=devices,
+            isolation=isolation,
             threads=threads,
+            bundle_root=bundle_root,
             max_images=max_images,
             max_batch_images=max_batch_images,
             queue_size=queue_size,

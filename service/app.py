@@ -16,13 +16,14 @@ from fastapi import FastAPI, Query, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from mithridate import __version__
-from mithridate.defenses import Defence
 from mithridate.errors import BudgetExceededError, MithridateError
 from mithridate.evaluation.card import Card
 from service import problems
+from service.admin import add_admin
 from service.batching import Answer, EngineStoppedError
-from service.engine import Engine
-from service.loading import Loaded
+from service.bundles import Bundles
+from service.engines import AnyEngine
+from service.loading import Loaded, Named
 from service.metrics import Metrics
 from service.middleware import RequestIdMiddleware
 from service.problems import Problem, request_id, to_problem
@@ -53,7 +54,7 @@ class Service:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.engine = Engine(settings)
+        self.bundles = Bundles(settings)
         self.metrics = Metrics()
         self.decoders = ThreadPoolExecutor(max_workers=_DECODERS, thread_name_prefix="decode")
         self.draining = False
@@ -61,14 +62,19 @@ class Service:
         self.on_failure: Callable[[], None] = lambda: None
         """Called when there is nothing to serve: the bundle cannot be loaded, or the engine has died."""
         self._in_flight = 0
-        self.engine.on_batch = self.metrics.ran
-        self.engine.on_death = self._die
+        self.bundles.on_batch = self.metrics.ran
+        self.bundles.on_death = self._die
         self.metrics.waiting.set_function(lambda: self.engine.waiting)
+
+    @property
+    def engine(self) -> AnyEngine:
+        """What new requests are answered by."""
+        return self.bundles.engine
 
     async def load(self) -> None:
         """Loads the bundle; afterwards the service is ready, or ``failure`` says why it never will be."""
         try:
-            await self.engine.load()
+            await self.bundles.load()
             self.metrics.ready.set(1)
             logger.info("ready")
         except MithridateError as error:
@@ -80,7 +86,8 @@ class Service:
             self.on_failure()
 
     def _die(self, error: BaseException) -> None:
-        """The engine has ended by itself, and says so from its thread. Better no service than one that hangs."""
+        """The engine has ended by itself; one that is a thread says so from there. Better no service than one that
+        hangs."""
         self.metrics.ready.set(0)
         self.failure = f"the engine has stopped: {type(error).__name__}: {error}"
         self.on_failure()
@@ -90,14 +97,14 @@ class Service:
         self.draining = True
         self.metrics.ready.set(0)
 
-    def close(self) -> None:
-        """Ends the threads."""
-        self.engine.close()
-        self.decoders.shutdown(wait=True, cancel_futures=True)
+    async def close(self) -> None:
+        """Ends the engines and the threads."""
+        await self.bundles.end()
+        await asyncio.to_thread(self.decoders.shutdown, wait=True, cancel_futures=True)
 
-    def require_loaded(self) -> Loaded:
-        """What is served. Raises Problem 503 while there is nothing."""
-        loaded = self.engine.loaded
+    def require_loaded(self, engine: AnyEngine | None = None) -> Loaded[Any]:
+        """What is served, or what ``engine`` serves. Raises Problem 503 while there is nothing."""
+        loaded = (engine or self.engine).loaded
         if loaded is None:
             # What exactly is wrong names files: it is for the operator, who gets it from serve().
             detail = "still loading the bundle"
@@ -113,8 +120,14 @@ class Service:
     async def answer(self, request: Request, read: Callable[[], Awaitable[Upload]]) -> PredictResponse:
         """What every protocol answers with: admits the request, lets ``read`` take its body, decodes, and runs the
         defence. Raises Problem."""
+        with self.bundles.use() as engine:  # all of it from one bundle, also where another goes live meanwhile
+            return await self._answer_from(engine, request, read)
+
+    async def _answer_from(
+        self, engine: AnyEngine, request: Request, read: Callable[[], Awaitable[Upload]]
+    ) -> PredictResponse:
         started = time.perf_counter()
-        loaded = self.require_loaded()
+        loaded = self.require_loaded(engine)
         self._admit()
         name = "unknown"
         try:
@@ -127,7 +140,7 @@ class Service:
             decoding = time.perf_counter()
             pixels = await decode_upload(upload.files, manifest, self.settings, self.decoders)
             decoded = time.perf_counter()
-            answer = await self._ask(request, defence, pixels, deadline)
+            answer = await self._ask(engine, request, defence, pixels, deadline)
             seconds = {"queue": answer.queue_seconds, "decode": decoded - decoding, **answer.prediction.seconds}
             timings = {phase: 1000 * seconds.get(phase, 0.0) for phase in Timings.model_fields}
             response = PredictResponse(
@@ -159,26 +172,28 @@ class Service:
         self.metrics.in_flight.set(self._in_flight)
 
     @staticmethod
-    def _choose(loaded: Loaded, options: PredictOptions) -> Defence:
+    def _choose(loaded: Loaded[Any], options: PredictOptions) -> Named:
         try:
-            return loaded.defence(options.defense)
+            found: Named = loaded.defence(options.defense)
+            return found
         except MithridateError as error:
             raise to_problem(error) from error
 
-    async def _ask(self, request: Request, defence: Defence, pixels: Any, deadline: float) -> Answer:
+    async def _ask(self, engine: AnyEngine, request: Request, defence: Named, pixels: Any, deadline: float) -> Answer:
         """Runs the engine; a client that leaves, or a deadline that passes, stops it between two steps."""
         cancelled = threading.Event()
-        watch = asyncio.create_task(self._watch(request, cancelled))
+        watch = asyncio.create_task(self._watch(engine, request, cancelled))
         try:
             async with asyncio.timeout(max(0.0, deadline - time.monotonic())):  # also while others have the engine
-                return await self.engine.predict(defence, pixels, deadline=deadline, cancelled=cancelled)
+                return await engine.predict(defence, pixels, deadline=deadline, cancelled=cancelled)
         except TimeoutError as error:
             raise Problem(504, "the deadline passed before there was an answer") from error
         except BudgetExceededError as error:
             detail = "the deadline passed" if error.reason == "deadline" else "the client left"
             raise Problem(504, f"{detail} before there was an answer") from error
         except EngineStoppedError as error:
-            raise Problem(503, "the service stopped before there was an answer") from error
+            said = "the service stopped before there was an answer"
+            raise Problem(503, said, headers={"Retry-After": "1"}) from error
         except MithridateError as error:
             raise to_problem(error) from error
         finally:
@@ -187,12 +202,12 @@ class Service:
             with suppress(asyncio.CancelledError):
                 await watch
 
-    async def _watch(self, request: Request, cancelled: threading.Event) -> None:
+    async def _watch(self, engine: AnyEngine, request: Request, cancelled: threading.Event) -> None:
         """Sets ``cancelled`` once the client has gone; the body has been read, so nothing else can arrive."""
         while (await request.receive())["type"] != "http.disconnect":
             pass
         cancelled.set()
-        self.engine.forget_ended()
+        engine.forget_ended()
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -206,8 +221,9 @@ def create_app(settings: Settings) -> FastAPI:
             yield
         finally:
             service.drain()
-            await loading
-            await asyncio.get_running_loop().run_in_executor(None, service.close)
+            loading.cancel()
+            await asyncio.wait([loading])
+            await service.close()
 
     app = FastAPI(
         title="Mithridate",
@@ -224,6 +240,7 @@ def create_app(settings: Settings) -> FastAPI:
     _add_predict(app, service)
     _add_descriptions(app, service)
     _add_health(app, service)
+    add_admin(app, service)
     return app
 
 

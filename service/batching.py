@@ -48,13 +48,15 @@ class Answer:
 class Waiting:
     """One request in the queue: uint8 ``pixels`` ``[N, C, H, W]``, and the ``answer`` it will get.
 
-    ``seed`` and not a generator: an answer that has to be computed twice begins with the same randomness.
+    ``seed`` and not a generator: an answer that has to be computed twice begins with the same randomness. ``number`` is
+    what whoever asked calls it.
     """
 
     defence: Defence
     pixels: NDArray[np.uint8]
     budget: Budget
     seed: int
+    number: int = 0
     submitted: float = field(default_factory=time.perf_counter)
     answer: Future[Answer] = field(default_factory=Future)
 

@@ -1,4 +1,7 @@
-"""The engine: one thread that owns torch. The event loop hands it work and waits; it never computes."""
+"""The engine: one thread that owns torch. Whoever hands it work waits, and never computes.
+
+It runs in the service's own process, or (service/engine_process.py) in another that holds nothing else.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -20,6 +24,7 @@ from mithridate.errors import BudgetExceededError
 from mithridate.types import to_images
 from service.batching import Answer, BatchSize, EngineStoppedError, Queue, Waiting
 from service.loading import Loaded, load
+from service.out_of_memory import OutOfMemory, free_memory, is_out_of_memory, join
 from service.settings import Settings
 
 logger = logging.getLogger("mithridate.service")
@@ -31,8 +36,8 @@ class Engine:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._queue = Queue(settings.max_batch_images)
-        self._loading: Future[Loaded] = Future()
-        self._loaded: Loaded | None = None
+        self._loading: Future[Loaded[Defence]] = Future()
+        self._loaded: Loaded[Defence] | None = None
         self._running: Sequence[Waiting] = ()
         # A daemon, closed at exit: a process that is told to end at once must not wait for a queue that never moves.
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
@@ -40,11 +45,13 @@ class Engine:
         """Moving average of the engine's time that a request takes up; what Retry-After is computed from."""
         self.on_batch: Callable[[BatchSize], None] = lambda size: None
         """Called in the engine's thread with each batch that it has run."""
+        self.on_begin: Callable[[Sequence[Waiting]], None] = lambda batch: None
+        """Called in the engine's thread with what it has taken out of the queue."""
         self.on_death: Callable[[BaseException], None] = lambda error: None
         """Called in the engine's thread where that ends without having been told to."""
 
     @property
-    def loaded(self) -> Loaded | None:
+    def loaded(self) -> Loaded[Defence] | None:
         """What it answers from; None before it is loaded, and as soon as nobody answers any more."""
         return self._loaded if self._thread.is_alive() else None
 
@@ -53,29 +60,56 @@ class Engine:
         """How many requests it has not begun."""
         return len(self._queue)
 
-    async def load(self) -> Loaded:
-        """Verifies and loads the bundle and answers once with every defence; only then is the service ready."""
+    def start(self) -> Future[Loaded[Defence]]:
+        """Verifies and loads the bundle and answers once with every defence; only then is there what it gives."""
         atexit.register(self.close)
         self._thread.start()
-        return await asyncio.wrap_future(self._loading)
+        return self._loading
+
+    async def load(self) -> Loaded[Defence]:
+        """The same, for an event loop."""
+        return await asyncio.wrap_future(self.start())
+
+    def submit(
+        self,
+        defence: Defence,
+        pixels: NDArray[np.uint8],
+        *,
+        budget: Budget,
+        seed: int | None = None,
+        number: int = 0,
+        submitted: float | None = None,
+    ) -> Waiting:
+        """Puts uint8 ``pixels`` ``[N, C, H, W]`` into the queue; ``answer`` of what it gives will have the answer.
+
+        ``seed``: what the request's randomness begins with; unless given, that of the settings, or a secret one.
+        ``submitted``: the ``time.perf_counter()`` that waiting counts from, where that is not now. Raises
+        EngineStoppedError where there will be no answer.
+        """
+        if seed is None:
+            # Secret, so that nobody can rehearse the randomness an answer will have; unless the settings fix it.
+            seed = secrets.randbits(62) if self._settings.seed is None else self._settings.seed
+        since = time.perf_counter() if submitted is None else submitted
+        request = Waiting(defence=defence, pixels=pixels, budget=budget, seed=seed, number=number, submitted=since)
+        self._queue.put(request)
+        return request
 
     async def predict(
-        self, defence: Defence, pixels: NDArray[np.uint8], *, deadline: float, cancelled: threading.Event
+        self,
+        defence: Defence,
+        pixels: NDArray[np.uint8],
+        *,
+        deadline: float,
+        cancelled: threading.Event,
+        seed: int | None = None,
     ) -> Answer:
-        """Answers for uint8 ``pixels`` ``[N, C, H, W]``; ``deadline`` is a ``time.monotonic()`` instant.
+        """Answers for ``pixels``; ``deadline`` is a ``time.monotonic()`` instant.
 
         Raises BudgetExceededError where the deadline passes or ``cancelled`` is set before there is an answer, and
         EngineStoppedError where there will be none.
         """
-        request = Waiting(
-            defence=defence,
-            pixels=pixels,
-            budget=Budget(deadline=deadline, cancelled=cancelled.is_set),
-            # Secret, so that nobody can rehearse the randomness an answer will have; unless the settings fix it.
-            seed=secrets.randbits(62) if self._settings.seed is None else self._settings.seed,
-        )
-        self._queue.put(request)
-        return await asyncio.wrap_future(request.answer)
+        budget = Budget(deadline=deadline, cancelled=cancelled.is_set)
+        return await asyncio.wrap_future(self.submit(defence, pixels, budget=budget, seed=seed).answer)
 
     def close(self) -> None:
         """Lets the running batch end and takes no other; what waits gets EngineStoppedError."""
@@ -83,6 +117,10 @@ class Engine:
         _refuse(self._queue.close())
         if self._thread.ident is not None:
             self._thread.join()
+
+    async def end(self) -> None:
+        """The same, for an event loop."""
+        await asyncio.to_thread(self.close)
 
     def forget_ended(self) -> None:
         """Answers those in the queue whose client has left with their error, without waiting for the engine."""
@@ -119,22 +157,58 @@ class Engine:
             self._running = self._queue.take()
             if not self._running:
                 return
+            self.on_begin(self._running)
             self._run(self._running)
             self._running = ()  # while it waits for others, it holds on to nobody's images
 
     def _run(self, batch: Sequence[Waiting]) -> None:
-        """Answers all of ``batch``, or, where that fails, each alone: an error is for the request that causes it."""
+        """Answers all of ``batch``, or, where that fails, each alone: an error is for the request that causes it.
+
+        Raises OutOfMemory where the memory does not do for a part of it either.
+        """
         started = time.perf_counter()
-        try:
-            outcomes = _predict(batch)
-        except Exception as error:
-            if len(batch) == 1:
-                batch[0].answer.set_exception(error)
-                return
-            logger.warning("a batch of %d requests failed (%r): each is run alone", len(batch), error)
+        found = _try(batch)
+        if isinstance(found, Exception) and len(batch) > 1:
+            logger.warning("a batch of %d requests failed (%r): each is run alone", len(batch), found)
+            short = is_out_of_memory(found)
+            del found  # its frames hold the tensors that there was no room for
             for request in batch:
-                self._run([request])
+                self._run_alone(request, short=short)
+        elif isinstance(found, Exception):
+            self._fail(batch[0], found, started, short=False)
+        else:
+            self._answer(batch, found, started)
+
+    def _run_alone(self, request: Waiting, *, short: bool) -> None:
+        """One of a batch that failed; ``short``: for want of memory, so that this is the smaller try."""
+        if short:
+            free_memory()
+        started = time.perf_counter()
+        found = _try([request])
+        if isinstance(found, Exception):
+            self._fail(request, found, started, short=short)
+        else:
+            self._answer([request], found, started)
+
+    def _fail(self, request: Waiting, error: Exception, started: float, *, short: bool) -> None:
+        """Gives ``request`` its error; want of memory is answered by one smaller try, unless this was it."""
+        if not is_out_of_memory(error):
+            request.answer.set_exception(error)
             return
+        said = _first_line(error)
+        if short:
+            raise OutOfMemory(said)
+        logger.warning("no memory for %d images (%s): tried once more, in halves", len(request.pixels), said)
+        free_memory()
+        found = _try_halves(request)
+        if isinstance(found, Exception):
+            if is_out_of_memory(found):
+                raise OutOfMemory(_first_line(found))
+            request.answer.set_exception(found)
+        else:
+            self._answer([request], [found], started)
+
+    def _answer(self, batch: Sequence[Waiting], outcomes: Sequence[Outcome], started: float) -> None:
         size = BatchSize(requests=len(batch), images=sum(len(request.pixels) for request in batch))
         share = (time.perf_counter() - started) / size.requests
         self.service_seconds += (1 - 0.9**size.requests) * (share - self.service_seconds)
@@ -145,6 +219,36 @@ class Engine:
             else:
                 waited = started - request.submitted
                 request.answer.set_result(Answer(prediction=outcome, queue_seconds=waited, batch=size))
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
+def _try(batch: Sequence[Waiting]) -> list[Outcome] | Exception:
+    """``_predict``, or its error; want of memory without the frames, and so the tensors, that it was raised in."""
+    try:
+        return _predict(batch)
+    except Exception as error:
+        if is_out_of_memory(error):
+            error.__context__ = None
+            return error.with_traceback(None)
+        return error
+
+
+def _try_halves(request: Waiting) -> Outcome | Exception:
+    """The answer to a request out of two smaller ones: an image's answer does not depend on those beside it."""
+    middle = len(request.pixels) // 2
+    answers: list[Prediction] = []
+    for pixels in (request.pixels[:middle], request.pixels[middle:]):
+        if len(pixels):
+            found = _try([replace(request, pixels=pixels)])
+            if isinstance(found, Exception):
+                return found
+            if isinstance(found[0], BudgetExceededError):
+                return found[0]
+            answers.append(found[0])
+    return answers[0] if len(answers) == 1 else join(*answers)
 
 
 def _predict(batch: Sequence[Waiting]) -> list[Outcome]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
 import torch
 
@@ -22,6 +24,7 @@ from mithridate.defenses import (
 from mithridate.devices import resolve_device, use_threads
 from mithridate.errors import MithridateError, OptionError
 from mithridate.evaluation.card import Card, read_card, warning
+from mithridate.exemplars import ExemplarStore
 from mithridate.types import to_images
 from service.settings import ALL, Settings
 
@@ -31,23 +34,44 @@ _REPEATS, _SECONDS, _LONG = 9, 0.5, 5.0
 """So often a warm defence is timed at the most, and so long; once where an answer takes up to that long."""
 
 
+class Named(Protocol):
+    """A defence, or what stands for one of another process."""
+
+    @property
+    def name(self) -> str:
+        """Its canonical name."""
+        ...
+
+
+D = TypeVar("D", bound=Named, covariant=True)
+
+
 @dataclass(frozen=True, kw_only=True)
-class Loaded:
+class Shown:
+    """What an answer is reported with where another process has the model: the exemplars, memory-mapped."""
+
+    exemplars: ExemplarStore
+    tuning: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded(Generic[D]):
     """A verified bundle and its defences, by canonical name; ``default`` is one of them.
 
-    ``costs``: what an image takes, relative to the undefended model, None where that was not measured. ``card``: what
-    an evaluation of this bundle found, None where there was none.
+    ``resources`` are Shown where another process answers, and the defences then only names. ``costs``: what an image
+    takes, relative to the undefended model, None where that was not measured. ``card``: what an evaluation of this
+    bundle found, None where there was none.
     """
 
     bundle: Bundle
-    resources: Resources
-    defences: dict[str, Defence]
-    descriptions: dict[str, str]
-    costs: dict[str, float | None]
+    resources: Resources | Shown
+    defences: Mapping[str, D]
+    descriptions: Mapping[str, str]
+    costs: Mapping[str, float | None]
     default: str
     card: Card | None = None
 
-    def defence(self, text: str | None) -> Defence:
+    def defence(self, text: str | None) -> D:
         """The defence a request names, or the default. Raises OptionError where it is not offered."""
         if text is None:
             return self.defences[self.default]
@@ -57,7 +81,7 @@ class Loaded:
         return found
 
 
-def load(settings: Settings) -> Loaded:
+def load(settings: Settings) -> Loaded[Defence]:
     """Verifies and loads the bundle and answers once with every defence. Call it in the thread that will answer."""
     use_threads(settings.threads)
     bundle = Bundle.open(settings.bundle)

@@ -1,4 +1,4 @@
-"""Running the application: one process, a port that is really free, an end that loses no request."""
+"""Running the application: a port that is really free, an engine beside it, an end that loses no request."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import uvicorn
 from mithridate.bundle import Bundle
 from mithridate.errors import OptionError
 from service.app import Service, create_app
+from service.engine_process import LOG_FORMAT
 from service.settings import Settings
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -25,10 +26,10 @@ def serve(settings: Settings) -> None:
     """
     if settings.log_level not in LOG_LEVELS:
         raise OptionError(f"log level {settings.log_level!r} is unknown; allowed: {', '.join(LOG_LEVELS)}")
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    logging.basicConfig(level=settings.log_level.upper(), format=LOG_FORMAT)
     Bundle.open(settings.bundle, verify=False)  # a wrong path is said before anything is started
     listener = _bind(settings)
-    app = create_app(settings)
+    app = create_app(settings.model_copy(update={"isolation": settings.isolation or "process"}))
     service: Service = app.state.service
     config = uvicorn.Config(
         app,

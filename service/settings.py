@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -39,8 +39,13 @@ class Settings(BaseSettings):
     """Must repeat package.module:factory where the bundle's network is your own code."""
     device: str = "cpu"
     """Where the model runs: cpu, cuda, cuda:1 ..."""
+    devices: str | None = None
+    """Several devices instead, as in cuda:0,cuda:1: an engine process each, and a request goes to the idlest."""
+    isolation: Literal["process", "thread"] | None = None
+    """Whether the engine has a process of its own; unset, it has one under mithridate serve, and is a thread in an
+    application that create_app makes elsewhere."""
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
-    """Threads for torch and FAISS; all of the process's cores unless given."""
+    """Threads for torch and FAISS; all of the process's cores unless given, shared among several engines on cpu."""
     queue_size: Annotated[int, Field(ge=1)] = 64
     """Requests admitted at once; more are answered 429."""
     max_images: Annotated[int, Field(ge=1)] = 64
@@ -57,6 +62,8 @@ class Settings(BaseSettings):
     """Time allowed for a client to send its request."""
     drain_seconds: Annotated[float, Field(ge=0)] = 0
     """After SIGTERM: how long to go on serving, not ready, before the port is closed."""
+    bundle_root: Path | None = None
+    """The directory whose bundles POST /admin/bundle may put live; unset, it puts none."""
     drain_timeout_s: Annotated[int, Field(ge=1)] = 30
     """After the port is closed: how long to wait for running requests."""
     seed: Annotated[int, Field(ge=0, lt=2**62)] | None = None
@@ -70,6 +77,23 @@ class Settings(BaseSettings):
     def offer_is_explicit(self) -> bool:
         """Whether somebody said what to offer."""
         return "offer" in self.model_fields_set
+
+    @property
+    def used_devices(self) -> tuple[str, ...]:
+        """Where an engine runs, each."""
+        return (self.device,) if self.devices is None else tuple(part.strip() for part in self.devices.split(","))
+
+    @model_validator(mode="after")
+    def _devices_go_together(self) -> Self:
+        if self.devices is None:
+            return self
+        if not all(self.used_devices):
+            raise ValueError(f"devices {self.devices!r} names an empty one; allowed: cpu, cuda:0,cuda:1 ...")
+        if "device" in self.model_fields_set and self.device != self.devices:
+            raise ValueError(f"device {self.device!r} and devices {self.devices!r} are both given; leave one out")
+        if len(self.used_devices) > 1 and self.isolation == "thread":
+            raise ValueError(f"isolation thread has one device, not {self.devices!r}; allowed: isolation process")
+        return self
 
     @property
     def offered(self) -> tuple[str, ...]:

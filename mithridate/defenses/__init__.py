@@ -9,6 +9,7 @@ from mithridate.defenses.base import (
     Prediction,
     Request,
     Resources,
+    Tuned,
 )
 from mithridate.defenses.pipeline import (
     DEFAULT_DEFENCES,
@@ -31,6 +32,7 @@ __all__ = [
     "Prediction",
     "Request",
     "Resources",
+    "Tuned",
     "build_defence",
     "defence_name",
     "describe_defence",

@@ -23,6 +23,15 @@ StopReason = Literal["converged", "patience", "max_steps", "deadline", "cancelle
 Interruption = Literal["deadline", "cancelled"]
 
 
+class Tuned(Protocol):
+    """What the canonical name of a defence depends on beside its text."""
+
+    @property
+    def tuning(self) -> str | None:
+        """The defence that the bundle was tuned to, where it was."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Resources:
     """What a bundle offers to a defence. Shared by all requests, changed by none.

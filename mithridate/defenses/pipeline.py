@@ -14,7 +14,7 @@ from itertools import pairwise
 from typing import Any, Literal
 
 from mithridate.defenses.averaging import Averaging, FirstStage, Sampler, Transform, Transformed
-from mithridate.defenses.base import Defence, Resources
+from mithridate.defenses.base import Defence, Resources, Tuned
 from mithridate.defenses.knn_oat import KNNOAT, KNNOATConfig
 from mithridate.defenses.neighbor_vote import NeighborVote, NeighborVoteConfig
 from mithridate.defenses.none import NoDefence
@@ -128,7 +128,7 @@ class _Stage:
             return "adapt"
         return "transform" if self.family in _FIRST else "average" if self.family in _LAST else None
 
-    def name(self, resources: Resources) -> str:
+    def name(self, resources: Tuned) -> str:
         """The canonical text."""
         if isinstance(self.options, RMCOptions):
             return self.options.name(resources)
@@ -151,7 +151,7 @@ def build_defence(text: str, resources: Resources) -> Defence:
     return parse_defence(text)(resources)
 
 
-def defence_name(text: str, resources: Resources) -> str:
+def defence_name(text: str, resources: Tuned) -> str:
     """The canonical name of what ``text`` names. Makes nothing: a service asks this of whatever a request says."""
     return _name(_read(text), resources)
 
@@ -220,7 +220,7 @@ def _read_stage(text: str) -> _Stage:
     return _Stage(family=name, options=fill(found.config, options, of=name))
 
 
-def _name(stages: Sequence[_Stage], resources: Resources) -> str:
+def _name(stages: Sequence[_Stage], resources: Tuned) -> str:
     return "+".join(stage.name(resources) for stage in stages)
 
 

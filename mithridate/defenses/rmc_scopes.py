@@ -8,7 +8,7 @@ from typing import Any
 
 from mithridate.defenses.adapting import Adapter
 from mithridate.defenses.averaging import Averaging, FirstStage
-from mithridate.defenses.base import Resources
+from mithridate.defenses.base import Resources, Tuned
 from mithridate.defenses.exemplar_scores import ExemplarScores
 from mithridate.defenses.guard import GuardConfig
 from mithridate.defenses.head_adam import AdamConfig
@@ -88,7 +88,7 @@ class RMCOptions:
         if full is not None:
             _read_rmc(full)
 
-    def name(self, resources: Resources) -> str:
+    def name(self, resources: Tuned) -> str:
         """The canonical text. Makes nothing."""
         return _rmc_name(*self._read(resources), resources)
 
@@ -107,7 +107,7 @@ class RMCOptions:
             average=average,
         )
 
-    def _read(self, resources: Resources) -> tuple[_Scope, RMCConfig]:
+    def _read(self, resources: Tuned) -> tuple[_Scope, RMCConfig]:
         full = _rmc_options(self.written)
         return _read_rmc(_tuned(resources, self.written) if full is None else full)
 
@@ -137,7 +137,7 @@ def _rmc_options(options: Mapping[str, str]) -> Mapping[str, str] | None:
     return {**preset, **rest}
 
 
-def _tuned(resources: Resources, options: Mapping[str, str]) -> Mapping[str, str]:
+def _tuned(resources: Tuned, options: Mapping[str, str]) -> Mapping[str, str]:
     """What the bundle was tuned to, and ``options`` beside it. Raises OptionError where it must have been and was
     not.
     """
@@ -163,6 +163,6 @@ def _read_rmc(options: Mapping[str, str]) -> tuple[_Scope, RMCConfig]:
     return found, fill(found.config, rest, of=of)
 
 
-def _rmc_name(scope: _Scope, config: RMCConfig, resources: Resources) -> str:
+def _rmc_name(scope: _Scope, config: RMCConfig, resources: Tuned) -> str:
     name = canonical("rmc", config, scope.config, prefix=scope.prefix)
     return "rmc:preset=balanced" if name == "rmc" and resources.tuning is not None else name

@@ -201,7 +201,8 @@ class ServerProcess:
 
     def __init__(self, log: Path, **flags: Any) -> None:
         self._log = log
-        settings = json.dumps({"port": 0, "seed": 7, **flags}, default=str)
+        # A thread unless the test is about processes: to start another costs seconds.
+        settings = json.dumps({"port": 0, "seed": 7, "isolation": "thread", **flags}, default=str)
         with log.open("wb") as sink:
             self.process = subprocess.Popen(
                 [sys.executable, "-W", "error", "-c", _SERVE, settings], stdout=sink, stderr=sink, cwd=ROOT

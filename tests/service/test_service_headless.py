@@ -49,6 +49,6 @@ def test_without_a_head(serving: Serving, headless: Path, clean: list[bytes]) ->
         check_problem(post(client, clean[0], defense="rmc:neighbors=9"), 422, "not offered here")
         assert predictions(post(client, clean[0], defense="webnn"))
     with pytest.raises(InputError, match="no head to adapt; use rmc:scope=all"):
-        serve(load_settings(bundle=headless, arch=ARCH, port=0))
+        serve(load_settings(bundle=headless, arch=ARCH, port=0, isolation="thread"))
     with pytest.raises(InputError, match=f"repeat it with --arch {ARCH} to run that code"):
-        serve(load_settings(bundle=headless, port=0))
+        serve(load_settings(bundle=headless, port=0, isolation="thread"))

@@ -110,7 +110,7 @@ def test_a_tampered_bundle_is_never_served(
     bundle = tmp_path / "copy"
     shutil.copytree(digits_bundle, bundle)
     tamper(bundle)
-    settings = load_settings(bundle=bundle, port=0)
+    settings = load_settings(bundle=bundle, port=0, isolation="thread")
     with pytest.raises(InputError, match=named) as raised:
         serve(settings)
     assert "\n" not in str(raised.value)
@@ -136,7 +136,7 @@ def test_a_tampered_bundle_is_never_served(
 )
 def test_what_cannot_be_served_is_said_in_one_line(digits_bundle: Path, flags: dict[str, Any], says: str) -> None:
     with pytest.raises(OptionError, match=says) as raised:
-        serve(load_settings(**{"bundle": digits_bundle, "port": 0, **flags}))
+        serve(load_settings(**{"bundle": digits_bundle, "port": 0, "isolation": "thread", **flags}))
     assert "\n" not in str(raised.value)
 
 

@@ -1,0 +1,142 @@
+"""``/admin/bundle``: which bundle is live, putting another one live, and going back."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+from collections.abc import Awaitable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from fastapi import FastAPI, Request
+from pydantic import BaseModel, ConfigDict, Field
+
+from mithridate.errors import InputError, MithridateError, OptionError
+from service import problems
+from service.bundles import Bundles, Served, SwapBusyError
+from service.problems import Problem
+from service.schemas import BundleRef, ProblemDocument
+
+if TYPE_CHECKING:
+    from service.app import Service
+
+logger = logging.getLogger("mithridate.service")
+
+
+class SwapBody(BaseModel):
+    """Which bundle is to go live."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    path: Annotated[str, Field(min_length=1, max_length=4096)] = Field(
+        description="a directory inside the configured root, relative to it", examples=["digits-2"]
+    )
+
+
+class LiveBundles(BaseModel):
+    """What answers, what did before, and what is on its way."""
+
+    current: BundleRef | None
+    previous: BundleRef | None = Field(description="what POST /admin/bundle/rollback goes back to")
+    loading: str | None = Field(description="what is being verified and loaded, as it was named")
+
+
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"content": {problems.MEDIA_TYPE: {"schema": ProblemDocument.model_json_schema()}}, "description": text}
+    for status, text in {
+        403: "not allowed to whoever asks, or no bundle_root is set",
+        409: "another bundle is being loaded, or there is none before this one",
+        422: "there is no such bundle inside the root, or it cannot be served; what was live still is",
+        503: "not ready, or the new engine ended by itself; what was live still is",
+    }.items()
+}
+
+
+def add_admin(app: FastAPI, service: Service) -> None:
+    """Adds the routes."""
+    bundles = service.bundles
+
+    @app.get("/admin/bundle", tags=["admin"], responses={403: _ERRORS[403]})
+    async def show(request: Request) -> LiveBundles:
+        """Which bundle is live, and which one was before it."""
+        _allow(service, request)
+        return _report(bundles)
+
+    @app.post("/admin/bundle", tags=["admin"], responses=_ERRORS)
+    async def swap(request: Request, body: SwapBody) -> LiveBundles:
+        """Verifies and loads a bundle beside the one that serves, then lets it answer instead: no request is dropped,
+        none is answered by both. The answer comes when it is live."""
+        _allow(service, request)
+        service.require_loaded()
+        path = _inside(_root(service), body.path)
+        return await _change(bundles, bundles.swap(path, named=body.path), hide={path: body.path})
+
+    @app.post("/admin/bundle/rollback", tags=["admin"], responses=_ERRORS)
+    async def roll_back(request: Request) -> LiveBundles:
+        """Puts the bundle before this one live again, if its digest is still what it was."""
+        _allow(service, request)
+        service.require_loaded()
+        previous = bundles.previous
+        return await _change(bundles, bundles.roll_back(), hide={previous.path: previous.name} if previous else {})
+
+
+async def _change(bundles: Bundles, change: Awaitable[Served], *, hide: dict[Path, str]) -> LiveBundles:
+    """Waits for it. Errors name the bundle as the request did: where it lies is for the operator's log."""
+    try:
+        await change
+    except SwapBusyError as error:
+        raise Problem(409, str(error)) from error
+    except MithridateError as error:
+        logger.warning("the bundle stays what it was: %s", error)
+        said = " ".join(str(error).split())
+        for path, name in hide.items():
+            said = said.replace(str(path), name)
+        raise Problem(422 if isinstance(error, InputError) else 503, f"the bundle stays what it was: {said}") from error
+    except Exception as error:  # a model that torch cannot build, an engine process that was killed
+        logger.exception("the bundle stays what it was")
+        raise Problem(503, "the bundle stays what it was: the new one's engine failed; see the log") from error
+    return _report(bundles)
+
+
+def _report(bundles: Bundles) -> LiveBundles:
+    def refer(served: Served | None) -> BundleRef | None:
+        return None if served is None else BundleRef(name=served.name, digest=served.digest)
+
+    return LiveBundles(current=refer(bundles.current), previous=refer(bundles.previous), loading=bundles.loading)
+
+
+def _allow(service: Service, request: Request) -> None:
+    """Only from this machine, by a name that says so: no web page can send that without being asked about it."""
+    _root(service)
+    client = request.client.host if request.client else ""
+    if not _is_loopback(client) or not _is_loopback(request.url.hostname or "") or "origin" in request.headers:
+        raise Problem(403, "bundles are changed from the service's own machine, by no web page")
+
+
+def _root(service: Service) -> Path:
+    root = service.settings.bundle_root
+    if root is None:
+        raise Problem(403, "no bundle can be put live here: the setting bundle_root names no directory")
+    return root
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _inside(root: Path, named: str) -> Path:
+    """The directory that ``named`` leads to, links followed. Raises Problem 422 where that is not one in ``root``."""
+    outside = OptionError(f"{named[:200]!r} is no bundle inside the configured root; name one relative to it")
+    try:
+        base = root.resolve(strict=True)
+        found = (base / named).resolve(strict=True)
+    except (OSError, ValueError, RuntimeError) as error:  # missing, a null byte, links in a circle
+        raise problems.to_problem(outside) from error
+    if Path(named).is_absolute() or base not in found.parents or not found.is_dir():
+        raise problems.to_problem(outside)
+    return found
