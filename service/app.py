@@ -62,6 +62,7 @@ class Service:
         self.on_failure: Callable[[], None] = lambda: None
         """Called when there is nothing to serve: the bundle cannot be loaded, or the engine has died."""
         self._in_flight = 0
+        self._reloading: asyncio.Future[None] | None = None
         self.bundles.on_batch = self.metrics.ran
         self.bundles.on_death = self._die
         self.metrics.waiting.set_function(lambda: self.engine.waiting)
@@ -84,6 +85,10 @@ class Service:
             self.failure = f"loading failed: {type(error).__name__}: {error}"
         if self.failure:
             self.on_failure()
+
+    def reload(self) -> None:
+        """Puts live what the configured path leads to by now, in the background; the log says what came of it."""
+        self._reloading = asyncio.ensure_future(self.bundles.reload())
 
     def _die(self, error: BaseException) -> None:
         """The engine has ended by itself; one that is a thread says so from there. Better no service than one that

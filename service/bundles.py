@@ -127,6 +127,15 @@ class Bundles:
             raise SwapBusyError("there is no bundle before this one")
         return await self.swap(previous.path, named=previous.name, digest=previous.digest)
 
+    async def reload(self) -> None:
+        """Puts live what the configured path leads to by now, a link moved to another bundle, say. Raises nothing."""
+        path = self._settings.bundle
+        try:
+            if self.current is not None:  # else it is being loaded
+                await self.swap(path.resolve(), named=path.name)
+        except Exception as error:
+            logger.error("%s was not loaded, the bundle stays what it was: %s", path, error)
+
     async def end(self) -> None:
         """Ends all engines."""
         await self._live.engine.end()

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import signal
 import socket
+import threading
 from types import FrameType
 
 import uvicorn
@@ -55,6 +56,12 @@ class _DrainingServer(uvicorn.Server):
         super().__init__(config)
         self._service = service
         self._drain_seconds = drain_seconds
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Also listens to SIGHUP, which asks for the bundle that the configured path leads to by now."""
+        if threading.current_thread() is threading.main_thread():
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._service.reload)
+        await super().startup(sockets)
 
     def stop(self) -> None:
         """Ends the server."""
