@@ -49,7 +49,7 @@ _LAST_SECONDS = 20.0
 """So long a process that was told to close may take for the step it is in; then it is killed."""
 
 
-class EngineDiedError(Exception):
+class EngineDiedError(MithridateError):
     """The process has ended without having been told to."""
 
 
@@ -241,7 +241,7 @@ class ProcessEngine:
         self._refuse()
         if self._closing and child.loaded.done():
             return
-        died = EngineDiedError(self._last_words or f"its process {await _how_it_ended(child.process)}")
+        died = EngineDiedError(self._last_words or f"the engine process {await _how_it_ended(child.process)}")
         if not child.loaded.done():
             child.loaded.set_exception(died)
         else:

@@ -165,7 +165,9 @@ def test_a_killed_engine_ends_the_service_at_once(digits_bundle: Path, tmp_path:
             check_problem(response, 503, "stopped")
             assert response.headers["retry-after"] == "1"
         last = server.log.splitlines()[-1]
-        assert f"the engine has stopped: EngineDiedError: its process ({engines[0]}) was killed by SIGKILL" in last
+        assert (
+            f"the engine has stopped: EngineDiedError: the engine process ({engines[0]}) was killed by SIGKILL" in last
+        )
         wait_until(lambda: not is_alive(engines[1]), seconds=5)
 
 
