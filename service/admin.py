@@ -67,7 +67,7 @@ def add_admin(app: FastAPI, service: Service) -> None:
         """Verifies and loads a bundle beside the one that serves, then lets it answer instead: no request is dropped,
         none is answered by both. The answer comes when it is live."""
         _allow(service, request)
-        service.require_loaded()
+        _require_serving(service)
         path = _inside(_root(service), body.path)
         return await _change(bundles, bundles.swap(path, named=body.path), hide={path: body.path})
 
@@ -75,7 +75,7 @@ def add_admin(app: FastAPI, service: Service) -> None:
     async def roll_back(request: Request) -> LiveBundles:
         """Puts the bundle before this one live again, if its digest is still what it was."""
         _allow(service, request)
-        service.require_loaded()
+        _require_serving(service)
         previous = bundles.previous
         return await _change(bundles, bundles.roll_back(), hide={previous.path: previous.name} if previous else {})
 
@@ -111,6 +111,12 @@ def _allow(service: Service, request: Request) -> None:
     client = request.client.host if request.client else ""
     if not _is_loopback(client) or not _is_loopback(request.url.hostname or "") or "origin" in request.headers:
         raise Problem(403, "bundles are changed from the service's own machine, by no web page")
+
+
+def _require_serving(service: Service) -> None:
+    service.require_loaded()
+    if service.draining:
+        raise Problem(503, "draining")
 
 
 def _root(service: Service) -> Path:
