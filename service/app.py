@@ -8,7 +8,6 @@ import math
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from typing import Annotated, Any
 
@@ -21,6 +20,8 @@ from mithridate.errors import BudgetExceededError, MithridateError
 from mithridate.evaluation.card import Card
 from service import problems
 from service.batching import Answer, EngineStoppedError
+from service.body_memory import BodyMemoryMiddleware
+from service.decode_pool import DecodePool
 from service.engine import Engine
 from service.loading import Loaded
 from service.metrics import Metrics
@@ -44,9 +45,6 @@ from service.uploads import RAW_TYPES, Upload, decode_upload, read_upload
 
 logger = logging.getLogger("mithridate.service")
 
-_DECODERS = 2
-"""Threads that decode images. Pillow gives up the interpreter lock while it does."""
-
 
 class Service:
     """What the routes share: settings, engine, metrics, and whether the service takes requests."""
@@ -55,7 +53,7 @@ class Service:
         self.settings = settings
         self.engine = Engine(settings)
         self.metrics = Metrics()
-        self.decoders = ThreadPoolExecutor(max_workers=_DECODERS, thread_name_prefix="decode")
+        self.decoders = DecodePool(max_pixels=settings.max_decoding_pixels)
         self.draining = False
         self.failure: str | None = None
         self.on_failure: Callable[[], None] = lambda: None
@@ -93,7 +91,7 @@ class Service:
     def close(self) -> None:
         """Ends the threads."""
         self.engine.close()
-        self.decoders.shutdown(wait=True, cancel_futures=True)
+        self.decoders.shutdown()
 
     def require_loaded(self) -> Loaded:
         """What is served. Raises Problem 503 while there is nothing."""
@@ -220,6 +218,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.service = service
     problems.install(app)
+    app.add_middleware(BodyMemoryMiddleware, max_bytes=settings.max_buffered_bytes)
     app.add_middleware(RequestIdMiddleware)
     _add_predict(app, service)
     _add_descriptions(app, service)

@@ -51,6 +51,8 @@ class Settings(BaseSettings):
     """Bytes in one request."""
     max_pixels: Annotated[int, Field(ge=1)] = 16_777_216
     """Pixels in one image, checked before it is decoded."""
+    max_request_pixels: Annotated[int, Field(ge=1)] = 67_108_864
+    """Pixels in all images of one request, checked before they are decoded."""
     deadline_ms: Annotated[float, Field(gt=0)] = 30_000
     """Time allowed for an answer; a request may ask for less. Past it the answer is 504, never a weaker one."""
     body_timeout_s: Annotated[float, Field(gt=0)] = 30
@@ -59,7 +61,7 @@ class Settings(BaseSettings):
     """Bytes a second that a body must come at, after its first 5 seconds; 0 asks for no rate."""
     max_buffered_bytes: Annotated[int, Field(ge=1)] = 256 * 1024 * 1024
     """Bytes of bodies held at once for all requests; a request that would need more is answered 429."""
-    max_decoding_pixels: Annotated[int, Field(ge=1)] = 33_554_432
+    max_decoding_pixels: Annotated[int, Field(ge=1)] = 25_165_824
     """Pixels being decoded at once, for all requests; an image with more than this is decoded alone."""
     header_timeout_s: Annotated[float, Field(gt=0)] = 10
     """Time allowed for a client to send its request's headers."""

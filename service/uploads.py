@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-from collections.abc import AsyncGenerator, Sequence
-from concurrent.futures import Executor
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,12 +21,16 @@ from starlette.requests import ClientDisconnect, Request
 
 from mithridate.bundle import Manifest
 from mithridate.errors import ImageError
-from mithridate.images import ImageLimits, decode_image, fit_image
+from mithridate.images import ImageLimits, OpenImage, open_image
+from service.decode_pool import DecodePool
 from service.problems import Problem, to_problem
 from service.schemas import PredictBody, PredictOptions
 from service.settings import Settings
 
 RAW_TYPES = ("image/png", "image/jpeg", "image/webp", "application/octet-stream")
+_RATE_GRACE_S = 5.0
+"""How long a body may come at any rate; then its bytes so far, over the time since, must reach ``min_body_rate``."""
+_JOB_PIXELS = 1_048_576
 _ALLOWED = "allowed: image/png, image/jpeg, image/webp, multipart/form-data, application/json"
 
 
@@ -52,21 +57,54 @@ async def read_upload(request: Request, options: PredictOptions, settings: Setti
 
 
 async def decode_upload(
-    files: Sequence[bytes], manifest: Manifest, settings: Settings, executor: Executor
+    files: Sequence[bytes], manifest: Manifest, settings: Settings, pool: DecodePool
 ) -> NDArray[np.uint8]:
-    """uint8 ``[N, C, H, W]`` in the bundle's shape; decoding runs in ``executor``. Raises Problem."""
+    """uint8 ``[N, C, H, W]`` in the bundle's shape, decoded in ``pool``. Raises Problem, before pixels are decoded
+    where the files' headers tell."""
+    opened = await pool.run(0, partial(_open, files, manifest, settings))
+    decoded: list[NDArray[np.uint8]] = []
+    # One job of a request after the other: whoever sends many images leaves room for those who send one.
+    for first, group in _groups(opened):
+        decoded += await pool.run(sum(image.pixels for image in group), partial(_decode, group, first, len(files)))
+    return np.stack(decoded)
+
+
+def _open(files: Sequence[bytes], manifest: Manifest, settings: Settings) -> list[OpenImage]:
     limits = ImageLimits(max_bytes=settings.max_body_bytes, max_pixels=settings.max_pixels)
+    opened, pixels, allowed = list[OpenImage](), 0, settings.max_request_pixels
+    for number, data in enumerate(files):
+        with _numbered(number, len(files)):
+            opened.append(open_image(data, shape=manifest.image_shape, resize=manifest.resize, limits=limits))
+        pixels += opened[-1].pixels
+        if pixels > allowed:
+            raise Problem(413, f"the first {number + 1} images have {pixels:,} pixels; at most {allowed:,} are allowed")
+    return opened
 
-    def decode(number: int, data: bytes) -> NDArray[np.uint8]:
-        try:
-            image = decode_image(data, channels=manifest.image_shape[0], limits=limits)
-            return fit_image(image, shape=manifest.image_shape, resize=manifest.resize)
-        except ImageError as error:
-            raise to_problem(error, prefix=f"image {number}: " if len(files) > 1 else "") from error
 
-    loop = asyncio.get_running_loop()
-    jobs = [loop.run_in_executor(executor, decode, number, data) for number, data in enumerate(files)]
-    return np.stack(await asyncio.gather(*jobs))
+def _groups(images: Sequence[OpenImage]) -> Iterator[tuple[int, list[OpenImage]]]:
+    """(number of the first, images) of parts worth a job each: for a small image the way to a thread costs more."""
+    first = 0
+    for end in range(1, len(images) + 1):
+        if end == len(images) or sum(image.pixels for image in images[first : end + 1]) > _JOB_PIXELS:
+            yield first, list(images[first:end])
+            first = end
+
+
+def _decode(images: Sequence[OpenImage], first: int, count: int) -> list[NDArray[np.uint8]]:
+    decoded = []
+    for number, image in enumerate(images, first):
+        with _numbered(number, count):
+            decoded.append(image.decode())
+    return decoded
+
+
+@contextmanager
+def _numbered(number: int, count: int) -> Iterator[None]:
+    """A library error as a problem that says which image it was, where there are several."""
+    try:
+        yield
+    except ImageError as error:
+        raise to_problem(error, prefix=f"image {number}: " if count > 1 else "") from error
 
 
 async def _read_body(request: Request, settings: Settings) -> bytes:
@@ -75,15 +113,22 @@ async def _read_body(request: Request, settings: Settings) -> bytes:
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > settings.max_body_bytes:
         raise too_large
-    chunks, size = [], 0
+    chunks, size, rate = [], 0, settings.min_body_rate
+    loop = asyncio.get_running_loop()
+    started = loop.time()
+    latest = started + settings.body_timeout_s
     try:
-        async with asyncio.timeout(settings.body_timeout_s):
+        async with asyncio.timeout_at(min(latest, started + _RATE_GRACE_S if rate else latest)) as limit:
             async for chunk in request.stream():
                 size += len(chunk)
                 if size > settings.max_body_bytes:
                     raise too_large
                 chunks.append(chunk)
+                if rate:
+                    limit.reschedule(min(latest, started + _RATE_GRACE_S + size / rate))
     except TimeoutError as error:
+        if loop.time() < latest:
+            raise Problem(408, f"the body came too slowly: {size} bytes, at under {rate:g} bytes a second") from error
         raise Problem(408, f"the body did not arrive within {settings.body_timeout_s:g} s") from error
     except ClientDisconnect as error:
         raise Problem(400, "the client left before its request was complete") from error
