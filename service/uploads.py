@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -14,15 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 from pydantic_core import from_json
-from python_multipart.multipart import parse_options_header
-from starlette.datastructures import UploadFile
-from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
 from mithridate.bundle import Manifest
 from mithridate.errors import ImageError
 from mithridate.images import ImageLimits, OpenImage, open_image
 from service.decode_pool import DecodePool
+from service.multipart import read_parts
 from service.problems import Problem, to_problem
 from service.schemas import PredictBody, PredictOptions
 from service.settings import Settings
@@ -47,12 +45,12 @@ async def read_upload(request: Request, options: PredictOptions, settings: Setti
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type not in (*RAW_TYPES, "multipart/form-data", "application/json"):
         raise Problem(415, f"content type {media_type or '(none)'!r} is not taken; {_ALLOWED}")
-    body = await _read_body(request, settings)
+    body = await read_body(request, settings)
     if not body:
         raise Problem(400, "the body is empty; send an image")
     if media_type == "application/json":
         return _from_json(body, request, settings)
-    files = await _from_multipart(request, body, settings) if media_type == "multipart/form-data" else [body]
+    files = _from_multipart(request, body, settings) if media_type == "multipart/form-data" else [body]
     return Upload(files=files, options=options)
 
 
@@ -107,7 +105,7 @@ def _numbered(number: int, count: int) -> Iterator[None]:
         raise to_problem(error, prefix=f"image {number}: " if count > 1 else "") from error
 
 
-async def _read_body(request: Request, settings: Settings) -> bytes:
+async def read_body(request: Request, settings: Settings) -> bytes:
     """The body, never more of it than allowed. 413 before it is all here, 408 for one that does not come."""
     too_large = Problem(413, f"the body is larger than {settings.max_body_bytes} bytes")
     declared = request.headers.get("content-length", "")
@@ -148,7 +146,7 @@ def _from_json(body: bytes, request: Request, settings: Settings) -> Upload:
     for name in fields.keys() - PredictBody.model_fields.keys():
         raise Problem(422, f"{name[:80]}: Extra inputs are not permitted")
     if isinstance(fields.get("images"), list):
-        _check_count(len(fields["images"]), settings)
+        check_count(len(fields["images"]), settings)
     try:
         parsed = PredictBody.model_validate(fields)
     except ValidationError as error:
@@ -164,40 +162,22 @@ def _from_json(body: bytes, request: Request, settings: Settings) -> Upload:
     return Upload(files=files, options=options)
 
 
-async def _from_multipart(request: Request, body: bytes, settings: Settings) -> list[bytes]:
-    async def stream() -> AsyncGenerator[bytes, None]:
-        yield body
-
-    _, parameters = parse_options_header(request.headers["content-type"])
-    boundary = parameters.get(b"boundary")
-    if boundary and b"--" + boundary + b"--" not in body:  # the parser leaves out a part that is cut off
-        raise Problem(400, "not readable as multipart/form-data: it ends before its last boundary")
-    parser = MultiPartParser(
-        request.headers, stream(), max_files=settings.max_images + 1, max_fields=8, max_part_size=64 * 1024
-    )
+def _from_multipart(request: Request, body: bytes, settings: Settings) -> list[bytes]:
     try:
-        form = await parser.parse()
-    except (MultiPartException, KeyError, ValueError) as error:
-        message = getattr(error, "message", str(error))
-        if "Too many files" in message:
-            _check_count(settings.max_images + 1, settings)
-        raise Problem(400, f"not readable as multipart/form-data: {message}") from error
-    try:
-        files = []
-        for name, part in form.multi_items():
-            if name != "images" or not isinstance(part, UploadFile):
-                raise Problem(
-                    422, f"part {name!r} is not taken; allowed: files named 'images'; options are in the query"
-                )
-            files.append(await part.read())
-    finally:
-        await form.close()
-    if not files:
+        parts = read_parts(body, request.headers["content-type"], max_parts=settings.max_images)
+    except ValueError as error:
+        raise Problem(400, f"not readable as multipart/form-data: {error}") from error
+    for part in parts:
+        if part.name != "images" or part.filename is None:
+            allowed = "allowed: files named 'images'; options are in the query"
+            raise Problem(422, f"part {part.name[:80]!r} is not taken; {allowed}")
+    if not parts:
         raise Problem(400, "no part named 'images'; send at least one file of that name")
-    _check_count(len(files), settings)
-    return files
+    check_count(len(parts), settings)
+    return [part.content for part in parts]
 
 
-def _check_count(count: int, settings: Settings) -> None:
+def check_count(count: int, settings: Settings) -> None:
+    """Raises Problem 413 for more images than a request may have."""
     if count > settings.max_images:
         raise Problem(413, f"more than {settings.max_images} images in one request; send fewer")
