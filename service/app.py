@@ -26,6 +26,7 @@ from service.engine import Engine
 from service.loading import Loaded
 from service.metrics import Metrics
 from service.middleware import RequestIdMiddleware
+from service.openapi import PREDICT_ANSWER, PREDICT_BODY, PREDICT_ERRORS, responses
 from service.problems import Problem, request_id, to_problem
 from service.reports import report_bundle, report_images
 from service.schemas import (
@@ -34,14 +35,12 @@ from service.schemas import (
     BundleResponse,
     DefenseInfo,
     DefensesResponse,
-    PredictBody,
     PredictOptions,
     PredictResponse,
-    ProblemDocument,
     Timings,
 )
 from service.settings import Settings
-from service.uploads import RAW_TYPES, Upload, decode_upload, read_upload
+from service.uploads import Upload, decode_upload, read_upload
 
 logger = logging.getLogger("mithridate.service")
 
@@ -226,39 +225,11 @@ def create_app(settings: Settings) -> FastAPI:
     return app
 
 
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"content": {problems.MEDIA_TYPE: {"schema": ProblemDocument.model_json_schema()}}, "description": text}
-    for status, text in {
-        400: "malformed body or image",
-        404: "there is none",
-        413: "too many bytes, pixels or images",
-        415: "not an image type that is taken",
-        422: "well-formed, but not usable",
-        429: "too many requests at once; see Retry-After",
-        503: "not ready",
-        504: "no answer within the deadline",
-    }.items()
-}
-
-_PREDICT_ERRORS = {status: error for status, error in _ERRORS.items() if status != 404}
-
-_BINARY = {"type": "string", "format": "binary"}
-_MULTIPART = {"type": "object", "properties": {"images": {"type": "array", "items": _BINARY}}, "required": ["images"]}
-_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            **{media_type: {"schema": _BINARY} for media_type in RAW_TYPES},
-            "multipart/form-data": {"schema": _MULTIPART},
-            "application/json": {"schema": PredictBody.model_json_schema()},
-        },
-    }
-}
-
-
 def _add_predict(app: FastAPI, service: Service) -> None:
+    answers = responses(*PREDICT_ERRORS, path="/v1/predict", example=PREDICT_ANSWER)
+
     @app.post(
-        "/v1/predict", responses=_PREDICT_ERRORS, openapi_extra=_BODY, tags=["predict"], response_model_by_alias=True
+        "/v1/predict", responses=answers, openapi_extra=PREDICT_BODY, tags=["predict"], response_model_by_alias=True
     )
     async def predict(request: Request, options: Annotated[PredictOptions, Query()]) -> PredictResponse:
         """Classifies images sent as a raw body, as multipart parts named `images`, or as JSON with base64."""
@@ -266,13 +237,13 @@ def _add_predict(app: FastAPI, service: Service) -> None:
 
 
 def _add_descriptions(app: FastAPI, service: Service) -> None:
-    @app.get("/v1/bundle", tags=["describe"])
+    @app.get("/v1/bundle", tags=["describe"], responses=responses(path="/v1/bundle"))
     async def bundle() -> BundleResponse:
         """What is served."""
         loaded = service.require_loaded()
         return report_bundle(loaded.bundle.manifest, loaded.bundle.digest)
 
-    @app.get("/v1/defenses", tags=["describe"])
+    @app.get("/v1/defenses", tags=["describe"], responses=responses(path="/v1/defenses"))
     async def defenses() -> DefensesResponse:
         """Which defences a request may name."""
         loaded = service.require_loaded()
@@ -282,7 +253,7 @@ def _add_descriptions(app: FastAPI, service: Service) -> None:
         ]
         return DefensesResponse(default=loaded.default, defenses=listed)
 
-    @app.get("/v1/card", tags=["describe"], responses={status: _ERRORS[status] for status in (404, 503)})
+    @app.get("/v1/card", tags=["describe"], responses=responses(404, path="/v1/card"))
     async def card() -> Card:
         """What the bundle's defences were found to be worth when it was evaluated."""
         found = service.require_loaded().card
@@ -293,13 +264,13 @@ def _add_descriptions(app: FastAPI, service: Service) -> None:
 
 def _add_health(app: FastAPI, service: Service) -> None:
     @app.head("/livez", include_in_schema=False)
-    @app.get("/livez", tags=["health"])
+    @app.get("/livez", tags=["health"], responses=responses(path="/livez"))
     async def livez() -> dict[str, str]:
         """The process runs."""
         return {"status": "alive"}
 
     @app.head("/readyz", include_in_schema=False)
-    @app.get("/readyz", tags=["health"], responses={503: _ERRORS[503]})
+    @app.get("/readyz", tags=["health"], responses=responses(path="/readyz"))
     async def readyz() -> dict[str, str]:
         """The bundle is verified, one warm adaptation has run, the engine lives, and the service is not draining."""
         service.require_loaded()
@@ -307,7 +278,7 @@ def _add_health(app: FastAPI, service: Service) -> None:
             raise Problem(503, "draining")
         return {"status": "ready"}
 
-    @app.get("/metrics", tags=["health"], response_class=Response)
+    @app.get("/metrics", tags=["health"], responses=responses(path="/metrics"), response_class=Response)
     async def metrics() -> Response:
         """Prometheus exposition."""
         return Response(service.metrics.render(), media_type=CONTENT_TYPE_LATEST)
