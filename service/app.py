@@ -115,7 +115,7 @@ class Service:
         self._admit()
         name = "unknown"
         try:
-            upload = await read()
+            upload = await self._read(read)
             options = upload.options
             defence = self._choose(loaded, options)
             name, manifest = defence.name, loaded.bundle.manifest
@@ -144,16 +144,35 @@ class Service:
             self.metrics.refused(500, name)
             raise
         finally:
-            self._in_flight -= 1
-            self.metrics.in_flight.set(self._in_flight)
+            self._count(-1)
 
     def _admit(self) -> None:
         if self._in_flight >= self.settings.queue_size:
-            wait = max(1, math.ceil(self._in_flight * self.engine.service_seconds))
             self.metrics.refused(429, "unknown")
-            raise Problem(429, f"{self._in_flight} requests are waiting already", headers={"Retry-After": str(wait)})
-        self._in_flight += 1
+            raise self._full(self._in_flight)
+        self._count(1)
+
+    async def _read(self, read: Callable[[], Awaitable[Upload]]) -> Upload:
+        """A body that is still coming takes nobody's place; what it holds is bytes, and those are bounded elsewhere.
+
+        Otherwise as many slow clients as there are places would keep everybody out.
+        """
+        self._count(-1)
+        try:
+            upload = await read()
+        finally:
+            self._count(1)
+        if self._in_flight > self.settings.queue_size:
+            raise self._full(self._in_flight - 1)
+        return upload
+
+    def _count(self, change: int) -> None:
+        self._in_flight += change
         self.metrics.in_flight.set(self._in_flight)
+
+    def _full(self, waiting: int) -> Problem:
+        wait = max(1, math.ceil(waiting * self.engine.service_seconds))
+        return Problem(429, f"{waiting} requests are waiting already", headers={"Retry-After": str(wait)})
 
     @staticmethod
     def _choose(loaded: Loaded, options: PredictOptions) -> Defence:

@@ -301,7 +301,7 @@ def test_no_flipped_byte_of_a_png_goes_unnoticed(name: str) -> None:
     edits=st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255), st.booleans()), min_size=1, max_size=6),
     channels=st.sampled_from([1, 3]),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_damaged_files_raise_nothing_but_image_errors(
     data: bytes, edits: list[tuple[int, int, bool]], channels: int
 ) -> None:
