@@ -32,7 +32,7 @@ from mithridate import image_headers, images
 from mithridate.errors import ImageError
 from mithridate.images import ImageLimits
 
-LIMITS = ImageLimits(max_bytes=2_000_000, max_pixels=250_000, max_side=16_384)
+LIMITS = ImageLimits(max_bytes=2_000_000, max_pixels=1_000_000, max_side=16_384)
 MAX_SECONDS, MAX_GROWTH = 2.0, 256 * 1024 * 1024
 """What one input may take, and how far the peak of the process may rise above where it was after the first inputs."""
 

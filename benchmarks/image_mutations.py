@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 EXIF = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
-MAX_BYTES = 100_000
+MAX_BYTES = 500_000
 NUMBERS = (
     0,
     1,
@@ -152,11 +152,11 @@ def _png(data: bytes, draw: random.Random) -> bytes:
         at = draw.randrange(len(chunks))
         chunks[at] = (chunks[at][0], _blur(chunks[at][1], draw))
     elif action == 2 and chunks and len(chunks[0][1]) == 13:
-        width, height = (draw.choice((1, 8, 19, 24, 40, 400, 16_384)) for _ in "wh")
+        width, height = (draw.choice((1, 8, 19, 24, 40, 4000, 16_384)) for _ in "wh")
         rest = bytes([draw.choice((1, 2, 4, 8, 16)), draw.choice((0, 2, 3, 4, 6)), 0, 0, draw.randrange(2)])
         chunks[0] = (b"IHDR", struct.pack(">II", width, height) + rest)
     elif action == 3:
-        bomb = b"x\0\0" + zlib.compress(bytes(draw.choice((10, 30_000))))
+        bomb = b"x\0\0" + zlib.compress(bytes(draw.choice((10, 100_000))))
         name = draw.choice((b"iCCP", b"zTXt", b"iTXt", b"tRNS", b"PLTE", b"acTL", b"fcTL", b"fdAT", b"eXIf", b"IEND"))
         chunks.insert(draw.randrange(len(chunks) + 1), (name, draw.choice((bomb, EXIF[6:], b"", draw.randbytes(26)))))
     else:
@@ -164,10 +164,10 @@ def _png(data: bytes, draw: random.Random) -> bytes:
             if name == b"IDAT":
                 pixels = zlib.decompressobj()
                 try:
-                    rows = _blur(pixels.decompress(body, 100_000), draw)
+                    rows = _blur(pixels.decompress(body, 1_000_000), draw)
                 except zlib.error:
                     break
-                chunks[at] = (name, zlib.compress(rows + bytes(draw.choice((0, 0, 0, 0, 0, 0, 0, 100_000))), draw.randrange(10)))
+                chunks[at] = (name, zlib.compress(rows + bytes(draw.choice((0, 0, 0, 500_000))), draw.randrange(10)))
                 break
     packed = (struct.pack(">I", len(b)) + n + b + struct.pack(">I", zlib.crc32(n + b)) for n, b in chunks)
     return data[:8] + b"".join(packed)
@@ -189,7 +189,7 @@ def _webp(data: bytes, draw: random.Random) -> bytes:
         name = draw.choice((b"VP8X", b"ALPH", b"ANIM", b"ANMF", b"ICCP", b"EXIF", b"XMP ", b"VP8L", b"VP8 ", b"oops"))
         chunks.insert(draw.randrange(len(chunks) + 1), (name, draw.choice((EXIF, b"", draw.randbytes(10), bytes(100)))))
     elif chunks:
-        side = (draw.choice((1, 24, 40, 400, 16_383)) - 1).to_bytes(3, "little")
+        side = (draw.choice((1, 24, 40, 4000, 16_383)) - 1).to_bytes(3, "little")
         chunks[0] = (b"VP8X", bytes([draw.randrange(256), 0, 0, 0]) + side + side)
     body = b"".join(n + struct.pack("<I", len(b)) + b + bytes(len(b) % 2) for n, b in chunks)
     size = len(body) + 4 if draw.random() < 0.9 else draw.choice(NUMBERS)
@@ -216,7 +216,7 @@ def _jpeg(data: bytes, draw: random.Random) -> bytes:
         made_up = bytes([0xFF, marker]) + struct.pack(">H", len(body) + 2) + body
         segments.insert(draw.randrange(len(segments) + 1), made_up)
     elif action == 3:
-        pixels = pixels[:-2] * draw.choice((2, 10, 120)) + pixels[-2:]
+        pixels = pixels[:-2] * draw.choice((2, 60, 150)) + pixels[-2:]
     else:
         pixels = _flip(pixels, draw, b"")
     return data[:2] + b"".join(segments) + pixels

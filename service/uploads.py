@@ -143,8 +143,9 @@ def _from_json(body: bytes, request: Request, settings: Settings) -> Upload:
     # Before pydantic, which collects one error for every wrong element: minutes for a body of a few megabytes.
     if not isinstance(fields, dict):
         raise Problem(422, f"body: Input should be an object; seen: {type(fields).__name__}")
-    for name in fields.keys() - PredictBody.model_fields.keys():
-        raise Problem(422, f"{name[:80]}: Extra inputs are not permitted")
+    unknown = next((name for name in fields if name not in PredictBody.model_fields), None)
+    if unknown is not None:
+        raise Problem(422, f"{unknown[:80]}: Extra inputs are not permitted")
     if isinstance(fields.get("images"), list):
         check_count(len(fields["images"]), settings)
     try:

@@ -22,6 +22,7 @@ from starlette.testclient import TestClient
 
 from service.app import create_app
 from service.connections import connection_options
+from service.schemas import PredictResponse
 from service.settings import load_settings
 
 
@@ -46,7 +47,7 @@ def listening(bundle: Path, **flags: Any) -> Iterator[str]:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("schemathesis") is None, reason="schemathesis is not installed")
-def test_no_answer_is_undeclared_and_none_is_500(digits_bundle: Path) -> None:
+def test_no_answer_is_undeclared_and_none_is_500(digits_bundle: Path, tmp_path: Path) -> None:
     """All checks of schemathesis: status, content type, headers and schema of every answer, what must be refused."""
     here = Path(__file__).parent
     environment = {
@@ -59,7 +60,12 @@ def test_no_answer_is_undeclared_and_none_is_500(digits_bundle: Path) -> None:
     run = ["run", "-c", "all", "--phases", "examples,coverage,fuzzing", "--max-examples", "5", "--seed", "1"]
     with listening(digits_bundle) as url:
         done = subprocess.run(
-            [*command, *run, f"{url}/openapi.json"], env=environment, capture_output=True, text=True, timeout=240
+            [*command, *run, f"{url}/openapi.json"],
+            env=environment,
+            cwd=tmp_path,  # it keeps what it finds
+            capture_output=True,
+            text=True,
+            timeout=240,
         )
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     assert "Tested: 7" in done.stdout
@@ -90,16 +96,9 @@ def test_the_examples_of_bodies_are_taken(client: TestClient, operation: dict[st
         assert [found["label"] for found in answered] == ["4"] * len(example["value"]["images"])
 
 
-def test_the_example_of_an_answer_has_its_form(
-    client: TestClient, operation: dict[str, Any], clean: list[bytes]
-) -> None:
-    def form(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: form(inner) for key, inner in value.items() if key != "neighbor_labels"}
-        return [form(value[0])] if isinstance(value, list) else type(value)
-
+def test_the_example_of_an_answer_has_its_form(operation: dict[str, Any]) -> None:
     example = operation["responses"]["200"]["content"]["application/json"]["example"]
-    assert form(post(client, clean[0], defense="rmc").json()) == form(example)
+    assert PredictResponse.model_validate(example).model_dump(by_alias=True) == example
 
 
 def test_the_examples_of_errors_are_what_is_said(client: TestClient, operation: dict[str, Any]) -> None:
