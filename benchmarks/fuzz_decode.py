@@ -1,21 +1,15 @@
 """Throws damaged image files at the decoder, which may refuse them, and may do nothing else.
 
-    python -m benchmarks.fuzz_decode [--inputs 100000] [--seed 0] [--atheris]
+    python -m benchmarks.fuzz_decode [--inputs 100000] [--seed 0]
 
-With ``--atheris`` the files are grown by libFuzzer from the same seeds instead, guided by what the library's Python
-reached; it needs ``pip install atheris``. Otherwise a seed repeats the run.
+A seed repeats a run.
 """
 
 from __future__ import annotations
 
-import importlib
 import json
-import os
 import random
 import resource
-import shutil
-import sys
-import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -28,7 +22,7 @@ from PIL import features
 
 from benchmarks import results
 from benchmarks.image_mutations import mutate, seeds
-from mithridate import image_headers, images
+from mithridate import images
 from mithridate.errors import ImageError
 from mithridate.images import ImageLimits
 
@@ -70,13 +64,11 @@ class Run:
         assert seconds < MAX_SECONDS, f"{seconds:.1f} s for {len(data)} bytes: {data[:64]!r}"
 
 
-def main(inputs: int = 100_000, seed: int = 0, atheris: bool = False) -> None:
+def main(inputs: int = 100_000, seed: int = 0) -> None:
     corpus, run = seeds(), Run()
     for data in corpus * 20:
         run(data)
     run.resident, run.started = peak(), time.perf_counter()
-    if atheris:
-        _guided(run, corpus, inputs, seed)
     draw = random.Random(seed)  # noqa: S311 repeatable
     while len(run.seconds) < inputs:
         data = mutate(draw.choice(corpus), draw, corpus)
@@ -108,34 +100,6 @@ def report(run: Run, name: str) -> None:
     }
     print(json.dumps(content, indent=1))
     results.write(name, content)
-
-
-def _guided(run: Run, corpus: list[bytes], inputs: int, seed: int) -> None:
-    """libFuzzer never returns, and so the report is made in the last call that it makes."""
-    import atheris
-
-    with atheris.instrument_imports(include=["mithridate.image_headers", "mithridate.images"]):
-        for module in (image_headers, images):
-            importlib.reload(module)
-    directory = Path(tempfile.mkdtemp())
-    for number, data in enumerate(corpus):
-        (directory / str(number)).write_bytes(data)
-
-    def one(data: bytes) -> None:
-        run(data)
-        if len(run.seconds) >= inputs:
-            shutil.rmtree(directory)
-            report(run, "fuzz-decode-guided")
-            sys.stdout.flush()
-            os._exit(0)
-
-    def custom(data: bytes, max_size: int, number: int) -> bytes:
-        draw = random.Random(number)  # noqa: S311 repeatable
-        return mutate(data, draw, corpus)[:max_size] if number % 2 else bytes(atheris.Mutate(data, max_size))
-
-    options = [f"-seed={seed + 1}", "-max_len=100000", "-rss_limit_mb=4096", "-timeout=10", "-verbosity=0"]
-    atheris.Setup([sys.argv[0], *options, str(directory)], one, custom_mutator=custom)
-    atheris.Fuzz()
 
 
 if __name__ == "__main__":
