@@ -241,6 +241,31 @@ def _load_agreement(content: dict[str, Any]) -> Iterator[str]:
     )
 
 
+def _fuzz(content: dict[str, Any]) -> Iterator[str]:
+    limits, seconds = content["limits"], content["seconds"]
+    versions = ", ".join(f"{name} {version}" for name, version in content["libraries"].items())
+    yield f"\n{versions}; no exception but `ImageError`, of any of its kinds"
+    yield from table(
+        ["inputs", *content["outcomes"], "ms p50", "p99", "max", "allowed", "peak MB", "grown by", "allowed"],
+        [
+            [
+                f"{content['fuzzed']:,}",
+                *(f"{count:,}" for count in content["outcomes"].values()),
+                *(f"{1000 * seconds[key]:.2f}" for key in ("p50", "p99", "max")),
+                f"{1000 * limits['seconds']:,.0f}",
+                *(
+                    f"{size / 1e6:,.0f}"
+                    for size in (
+                        content["resident"] + content["peak_growth"],
+                        content["peak_growth"],
+                        limits["growth"],
+                    )
+                ),
+            ]
+        ],
+    )
+
+
 _Kind = tuple[Callable[[dict[str, Any]], bool], Callable[[dict[str, Any]], Iterator[str]]]
 
 _KINDS: tuple[_Kind, ...] = (
@@ -262,6 +287,7 @@ _KINDS: tuple[_Kind, ...] = (
     (lambda content: "gradients" in content, tables_random.pixels),
     (lambda content: "bare_seconds" in content, tables_attacks.cost),
     (lambda content: "extras" in content, tables_attacks.extras),
+    (lambda content: "fuzzed" in content, _fuzz),
 )
 
 

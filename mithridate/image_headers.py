@@ -8,6 +8,7 @@ reached: they warn through process-wide state, which cannot be silenced safely i
 
 from __future__ import annotations
 
+import re
 import struct
 import zlib
 from collections.abc import Iterator
@@ -22,8 +23,10 @@ MAX_SCANS: Final = 100  # an encoder writes about ten; each one costs a pass ove
 MAX_SEGMENTS: Final = 100_000  # 16 MiB in chunks of 4 KiB are 4,096; each one costs about a microsecond
 _PNG_SIGNATURE: Final = b"\x89PNG\r\n\x1a\n"
 _PNG_CRITICAL: Final = frozenset({b"IHDR", b"PLTE", b"IDAT", b"IEND"})
+_WEBP_PIXELS: Final = frozenset({b"VP8 ", b"VP8L", b"ALPH", b"ANIM", b"ANMF"})
 _JPEG_FRAMES: Final = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _JPEG_BARE: Final = frozenset([0x00, 0x01, *range(0xD0, 0xD9)])  # markers without a length: TEM, restart, start
+_JPEG_MARKER: Final = re.compile(rb"\xff+[\x01-\xcf\xd8-\xfe]")  # not stuffing, fill or a restart
 _JPEG_METADATA: Final = frozenset(range(0xE1, 0xF0)) - {0xEE} | {0xFE}  # not JFIF, Adobe: they tell the colour space
 
 
@@ -199,12 +202,27 @@ def _walk_jpeg(data: bytes) -> Container:
             kept.append(data[start:end])
     if header is None:
         raise ImageMalformedError("JPEG image is corrupt: pixels come before the frame header")
-    scans = data.count(b"\xff\xda", pixels)  # among entropy-coded bytes 0xda never follows 0xff
-    return Container(header=header, payload=b"".join([*kept, data[pixels:]]), exif=exif, scans=scans)
+    end = _jpeg_end(data, pixels)
+    scans = data.count(b"\xff\xda", pixels, end)  # among entropy-coded bytes 0xda never follows 0xff
+    return Container(header=header, payload=b"".join([*kept, data[pixels:end]]), exif=exif, scans=scans)
+
+
+def _jpeg_end(data: bytes, start: int) -> int:
+    """Where the first picture ends: a film or an archive may follow, and be megabytes. ``start``: its first scan."""
+    for _ in range(MAX_SEGMENTS):
+        found = _JPEG_MARKER.search(data, start)
+        if found is None:
+            return len(data)
+        start, marker = found.end(), data[found.end() - 1]
+        if marker == 0xD9:
+            return start
+        if marker not in _JPEG_BARE:
+            start += int.from_bytes(data[start : start + 2])
+    raise ImageTooLargeError(f"JPEG image has over {MAX_SEGMENTS:,} segments: at most that many are allowed")
 
 
 def _walk_webp(data: bytes) -> Container:
-    """RFC 9649, sections 2.5 to 2.7, first chunk: libwebp allocates the canvas when it opens the file."""
+    """RFC 9649, sections 2.5 to 2.7. The size is in the first chunk: libwebp allocates the canvas when it opens."""
     chunk = data[12:16]
     if chunk == b"VP8X":
         _ = data[29]
@@ -217,4 +235,33 @@ def _walk_webp(data: bytes) -> Container:
         width, height = (side & 0x3FFF for side in struct.unpack_from("<HH", data, 26))
     else:
         raise ImageMalformedError(f"WebP image is corrupt: first chunk {chunk!r}; allowed are VP8, VP8L and VP8X")
-    return Container(header=ImageHeader(kind="WebP", width=width, height=height, grey=False), payload=data)
+    header = ImageHeader(kind="WebP", width=width, height=height, grey=False)
+    kept, exif, frames = [b""], b"", 0
+    for name, start, end in _webp_chunks(data):
+        if name == b"VP8X":  # says no longer that there are a profile, EXIF and XMP
+            kept.append(data[start : start + 8] + bytes([data[start + 8] & ~0x2C]) + data[start + 9 : end])
+        elif name in _WEBP_PIXELS:
+            kept.append(data[start:end])
+            frames += name == b"ANMF"
+        elif name == b"EXIF":
+            exif = exif or data[start + 8 : end]
+    kept[0] = b"RIFF" + struct.pack("<I", 4 + sum(map(len, kept))) + b"WEBP"
+    return Container(header=header, payload=b"".join(kept), exif=exif, animated=frames > 1)
+
+
+def _webp_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """(name, start, end with padding) of every chunk in the RIFF container; what follows it is nobody's."""
+    (size,) = struct.unpack_from("<I", data, 4)
+    if size + 8 > len(data):
+        raise ImageMalformedError(f"WebP image is truncated: {len(data):,} bytes seen, {size + 8:,} needed")
+    start = 12
+    for _ in range(MAX_SEGMENTS):
+        if start >= size + 8:
+            return
+        name, length = struct.unpack_from("<4sI", data, start)
+        end = start + 8 + length + length % 2
+        if start + 8 + length > size + 8:
+            raise ImageMalformedError(f"WebP image is corrupt: chunk {name!r} at byte {start:,} does not end in it")
+        yield name, start, end
+        start = end
+    raise ImageTooLargeError(f"WebP image has over {MAX_SEGMENTS:,} chunks: at most that many are allowed")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
 
 import numpy as np
@@ -31,11 +32,13 @@ from mithridate.image_headers import Container, ImageHeader, ImageLimits, open_c
 __all__ = [
     "ImageHeader",
     "ImageLimits",
+    "OpenImage",
     "Resize",
     "UInt8Image",
     "decode_image",
     "encode_png",
     "fit_image",
+    "open_image",
     "read_header",
     "to_channels",
 ]
@@ -66,6 +69,36 @@ def read_header(data: bytes, *, limits: ImageLimits = DEFAULT_LIMITS) -> ImageHe
     return open_container(data, limits).header
 
 
+def open_image(
+    data: bytes, *, shape: tuple[int, int, int], resize: Resize, limits: ImageLimits = DEFAULT_LIMITS
+) -> OpenImage:
+    """A file held to ``limits`` and to what ``fit_image`` takes, pixels not decoded: the cost is known before.
+
+    Raises what ``decode_image`` and then ``fit_image`` would, but for what only the pixels tell.
+    """
+    container = open_container(data, limits)
+    width, height = container.header.width, container.header.height
+    if orientation(container.exif) >= 5:
+        width, height = height, width
+    _check_fit(width, height, shape=shape, resize=resize)
+    return OpenImage(pixels=width * height, container=container, shape=shape, resize=resize)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenImage:
+    """An image that may be decoded; ``pixels`` is how many that will be."""
+
+    pixels: int
+    container: Container
+    shape: tuple[int, int, int]
+    resize: Resize
+
+    def decode(self) -> UInt8Image:
+        """uint8 of ``shape``, as ``decode_image`` and ``fit_image`` give it; raises ``ImageError`` of some kind."""
+        image = _decode_container(self.container, self.shape[0])
+        return fit_image(image, shape=self.shape, resize=self.resize)
+
+
 def decode_image(data: bytes, *, channels: int, limits: ImageLimits = DEFAULT_LIMITS) -> UInt8Image:
     """The pixels of a JPEG, PNG or WebP file: uint8 ``[channels, H, W]``, contiguous and owned.
 
@@ -81,7 +114,10 @@ def decode_image(data: bytes, *, channels: int, limits: ImageLimits = DEFAULT_LI
     ``OptionError`` for another ``channels``.
     """
     _check_channels(channels)
-    container = open_container(data, limits)
+    return _decode_container(open_container(data, limits), channels)
+
+
+def _decode_container(container: Container, channels: int) -> UInt8Image:
     kind = container.header.kind
     try:
         return _decode(container, channels)
@@ -129,18 +165,23 @@ def fit_image(image: UInt8Image, *, shape: tuple[int, int, int], resize: Resize)
         return image
     channels, height, width = shape
     pillow = _to_pillow(image)
-    seen = f"image is {pillow.width}x{pillow.height} px, this model takes"
     if len(image) != channels:
         raise ImageUnusableError(f"image has {len(image)} channels, this model takes {channels}")
-    if resize == "exact":
-        raise ImageUnusableError(f"{seen} exactly {width}x{height} px: resize it first")
-    if 4 * pillow.height < height or 4 * pillow.width < width:
-        raise ImageUnusableError(f"{seen} {width}x{height} px: each side must have a quarter of that or more")
-    if max(pillow.size) > MAX_ASPECT_RATIO * min(pillow.size):
-        raise ImageUnusableError(
-            f"{seen} {width}x{height} px: crop it to an aspect ratio of at most {MAX_ASPECT_RATIO}:1"
-        )
+    _check_fit(pillow.width, pillow.height, shape=shape, resize=resize)
     return _from_pillow(pillow.resize((width, height), Image.Resampling.BICUBIC, box=_cover(pillow, width, height)))
+
+
+def _check_fit(width: int, height: int, *, shape: tuple[int, int, int], resize: Resize) -> None:
+    _, to_height, to_width = shape
+    if (width, height) == (to_width, to_height):
+        return
+    seen, taken = f"image is {width}x{height} px, this model takes", f"{to_width}x{to_height} px"
+    if resize == "exact":
+        raise ImageUnusableError(f"{seen} exactly {taken}: resize it first")
+    if 4 * height < to_height or 4 * width < to_width:
+        raise ImageUnusableError(f"{seen} {taken}: each side must have a quarter of that or more")
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise ImageUnusableError(f"{seen} {taken}: crop it to an aspect ratio of at most {MAX_ASPECT_RATIO}:1")
 
 
 def _cover(image: Image.Image, width: int, height: int) -> tuple[float, float, float, float]:
@@ -164,8 +205,7 @@ def _decode(container: Container, channels: int) -> UInt8Image:
         if container.animated or getattr(image, "n_frames", 1) > 1:
             raise ImageUnusableError(f"{header.kind} image is animated: send a single frame")
         image.load()
-        exif = container.exif or image.info.get("exif", b"")  # the latter: WebP
-        method = _UPRIGHT.get(orientation(exif))
+        method = _UPRIGHT.get(orientation(container.exif))
         flat = _flatten(image).convert("L" if channels == 1 else "RGB")
     return _from_pillow(flat if method is None else flat.transpose(method))
 

@@ -8,7 +8,6 @@ import math
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from typing import Annotated, Any
 
@@ -21,11 +20,14 @@ from mithridate.evaluation.card import Card
 from service import problems
 from service.admin import add_admin
 from service.batching import Answer, EngineStoppedError
+from service.body_memory import BodyMemoryMiddleware
 from service.bundles import Bundles
+from service.decode_pool import DecodePool
 from service.engines import AnyEngine
 from service.loading import Loaded, Named
 from service.metrics import Metrics
 from service.middleware import RequestIdMiddleware
+from service.openapi import PREDICT_ANSWER, PREDICT_BODY, PREDICT_ERRORS, responses
 from service.problems import Problem, request_id, to_problem
 from service.reports import report_bundle, report_images
 from service.schemas import (
@@ -34,19 +36,14 @@ from service.schemas import (
     BundleResponse,
     DefenseInfo,
     DefensesResponse,
-    PredictBody,
     PredictOptions,
     PredictResponse,
-    ProblemDocument,
     Timings,
 )
 from service.settings import Settings
-from service.uploads import RAW_TYPES, Upload, decode_upload, read_upload
+from service.uploads import Upload, decode_upload, read_upload
 
 logger = logging.getLogger("mithridate.service")
-
-_DECODERS = 2
-"""Threads that decode images. Pillow gives up the interpreter lock while it does."""
 
 
 class Service:
@@ -56,7 +53,7 @@ class Service:
         self.settings = settings
         self.bundles = Bundles(settings)
         self.metrics = Metrics()
-        self.decoders = ThreadPoolExecutor(max_workers=_DECODERS, thread_name_prefix="decode")
+        self.decoders = DecodePool(max_pixels=settings.max_decoding_pixels)
         self.draining = False
         self.failure: str | None = None
         self.on_failure: Callable[[], None] = lambda: None
@@ -105,7 +102,7 @@ class Service:
     async def close(self) -> None:
         """Ends the engines and the threads."""
         await self.bundles.end()
-        await asyncio.to_thread(self.decoders.shutdown, wait=True, cancel_futures=True)
+        await asyncio.to_thread(self.decoders.shutdown)
 
     def require_loaded(self, engine: AnyEngine | None = None) -> Loaded[Any]:
         """What is served, or what ``engine`` serves. Raises Problem 503 while there is nothing."""
@@ -136,7 +133,7 @@ class Service:
         self._admit()
         name = "unknown"
         try:
-            upload = await read()
+            upload = await self._read(read)
             options = upload.options
             defence = self._choose(loaded, options)
             name, manifest = defence.name, loaded.bundle.manifest
@@ -165,16 +162,35 @@ class Service:
             self.metrics.refused(500, name)
             raise
         finally:
-            self._in_flight -= 1
-            self.metrics.in_flight.set(self._in_flight)
+            self._count(-1)
 
     def _admit(self) -> None:
         if self._in_flight >= self.settings.queue_size:
-            wait = max(1, math.ceil(self._in_flight * self.engine.service_seconds))
             self.metrics.refused(429, "unknown")
-            raise Problem(429, f"{self._in_flight} requests are waiting already", headers={"Retry-After": str(wait)})
-        self._in_flight += 1
+            raise self._full(self._in_flight)
+        self._count(1)
+
+    async def _read(self, read: Callable[[], Awaitable[Upload]]) -> Upload:
+        """A body that is still coming takes nobody's place; what it holds is bytes, and those are bounded elsewhere.
+
+        Otherwise as many slow clients as there are places would keep everybody out.
+        """
+        self._count(-1)
+        try:
+            upload = await read()
+        finally:
+            self._count(1)
+        if self._in_flight > self.settings.queue_size:
+            raise self._full(self._in_flight - 1)
+        return upload
+
+    def _count(self, change: int) -> None:
+        self._in_flight += change
         self.metrics.in_flight.set(self._in_flight)
+
+    def _full(self, waiting: int) -> Problem:
+        wait = max(1, math.ceil(waiting * self.engine.service_seconds))
+        return Problem(429, f"{waiting} requests are waiting already", headers={"Retry-After": str(wait)})
 
     @staticmethod
     def _choose(loaded: Loaded[Any], options: PredictOptions) -> Named:
@@ -241,6 +257,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.service = service
     problems.install(app)
+    app.add_middleware(BodyMemoryMiddleware, max_bytes=settings.max_buffered_bytes)
     app.add_middleware(RequestIdMiddleware)
     _add_predict(app, service)
     _add_descriptions(app, service)
@@ -249,39 +266,11 @@ def create_app(settings: Settings) -> FastAPI:
     return app
 
 
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"content": {problems.MEDIA_TYPE: {"schema": ProblemDocument.model_json_schema()}}, "description": text}
-    for status, text in {
-        400: "malformed body or image",
-        404: "there is none",
-        413: "too many bytes, pixels or images",
-        415: "not an image type that is taken",
-        422: "well-formed, but not usable",
-        429: "too many requests at once; see Retry-After",
-        503: "not ready",
-        504: "no answer within the deadline",
-    }.items()
-}
-
-_PREDICT_ERRORS = {status: error for status, error in _ERRORS.items() if status != 404}
-
-_BINARY = {"type": "string", "format": "binary"}
-_MULTIPART = {"type": "object", "properties": {"images": {"type": "array", "items": _BINARY}}, "required": ["images"]}
-_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            **{media_type: {"schema": _BINARY} for media_type in RAW_TYPES},
-            "multipart/form-data": {"schema": _MULTIPART},
-            "application/json": {"schema": PredictBody.model_json_schema()},
-        },
-    }
-}
-
-
 def _add_predict(app: FastAPI, service: Service) -> None:
+    answers = responses(*PREDICT_ERRORS, path="/v1/predict", example=PREDICT_ANSWER)
+
     @app.post(
-        "/v1/predict", responses=_PREDICT_ERRORS, openapi_extra=_BODY, tags=["predict"], response_model_by_alias=True
+        "/v1/predict", responses=answers, openapi_extra=PREDICT_BODY, tags=["predict"], response_model_by_alias=True
     )
     async def predict(request: Request, options: Annotated[PredictOptions, Query()]) -> PredictResponse:
         """Classifies images sent as a raw body, as multipart parts named `images`, or as JSON with base64."""
@@ -289,13 +278,13 @@ def _add_predict(app: FastAPI, service: Service) -> None:
 
 
 def _add_descriptions(app: FastAPI, service: Service) -> None:
-    @app.get("/v1/bundle", tags=["describe"])
+    @app.get("/v1/bundle", tags=["describe"], responses=responses(path="/v1/bundle"))
     async def bundle() -> BundleResponse:
         """What is served."""
         loaded = service.require_loaded()
         return report_bundle(loaded.bundle.manifest, loaded.bundle.digest)
 
-    @app.get("/v1/defenses", tags=["describe"])
+    @app.get("/v1/defenses", tags=["describe"], responses=responses(path="/v1/defenses"))
     async def defenses() -> DefensesResponse:
         """Which defences a request may name."""
         loaded = service.require_loaded()
@@ -305,7 +294,7 @@ def _add_descriptions(app: FastAPI, service: Service) -> None:
         ]
         return DefensesResponse(default=loaded.default, defenses=listed)
 
-    @app.get("/v1/card", tags=["describe"], responses={status: _ERRORS[status] for status in (404, 503)})
+    @app.get("/v1/card", tags=["describe"], responses=responses(404, path="/v1/card"))
     async def card() -> Card:
         """What the bundle's defences were found to be worth when it was evaluated."""
         found = service.require_loaded().card
@@ -316,13 +305,13 @@ def _add_descriptions(app: FastAPI, service: Service) -> None:
 
 def _add_health(app: FastAPI, service: Service) -> None:
     @app.head("/livez", include_in_schema=False)
-    @app.get("/livez", tags=["health"])
+    @app.get("/livez", tags=["health"], responses=responses(path="/livez"))
     async def livez() -> dict[str, str]:
         """The process runs."""
         return {"status": "alive"}
 
     @app.head("/readyz", include_in_schema=False)
-    @app.get("/readyz", tags=["health"], responses={503: _ERRORS[503]})
+    @app.get("/readyz", tags=["health"], responses=responses(path="/readyz"))
     async def readyz() -> dict[str, str]:
         """The bundle is verified, one warm adaptation has run, the engine lives, and the service is not draining."""
         service.require_loaded()
@@ -330,7 +319,7 @@ def _add_health(app: FastAPI, service: Service) -> None:
             raise Problem(503, "draining")
         return {"status": "ready"}
 
-    @app.get("/metrics", tags=["health"], response_class=Response)
+    @app.get("/metrics", tags=["health"], responses=responses(path="/metrics"), response_class=Response)
     async def metrics() -> Response:
         """Prometheus exposition."""
         return Response(service.metrics.render(), media_type=CONTENT_TYPE_LATEST)

@@ -14,6 +14,7 @@ import uvicorn
 from mithridate.bundle import Bundle
 from mithridate.errors import OptionError
 from service.app import Service, create_app
+from service.connections import connection_options
 from service.engine_process import LOG_FORMAT
 from service.settings import Settings
 
@@ -39,6 +40,7 @@ def serve(settings: Settings) -> None:
         access_log=False,  # the middleware writes one line a request, with its id
         server_header=False,
         timeout_graceful_shutdown=settings.drain_timeout_s,
+        **connection_options(settings),
     )
     server = _DrainingServer(config, service, settings.drain_seconds)
     service.on_failure = server.stop

@@ -56,10 +56,28 @@ class Settings(BaseSettings):
     """Bytes in one request."""
     max_pixels: Annotated[int, Field(ge=1)] = 16_777_216
     """Pixels in one image, checked before it is decoded."""
+    max_request_pixels: Annotated[int, Field(ge=1)] = 67_108_864
+    """Pixels in all images of one request, checked before they are decoded."""
     deadline_ms: Annotated[float, Field(gt=0)] = 30_000
     """Time allowed for an answer; a request may ask for less. Past it the answer is 504, never a weaker one."""
     body_timeout_s: Annotated[float, Field(gt=0)] = 30
-    """Time allowed for a client to send its request."""
+    """Time allowed for a client to send its request's body."""
+    min_body_rate: Annotated[float, Field(ge=0)] = 4096
+    """Bytes a second that a body must come at, after its first 5 seconds; 0 asks for no rate."""
+    max_buffered_bytes: Annotated[int, Field(ge=1)] = 256 * 1024 * 1024
+    """Bytes of bodies held at once for all requests; a request that would need more is answered 429."""
+    max_decoding_pixels: Annotated[int, Field(ge=1)] = 25_165_824
+    """Pixels being decoded at once, for all requests; an image with more than this is decoded alone."""
+    header_timeout_s: Annotated[float, Field(gt=0)] = 10
+    """Time allowed for a client to send its request's headers."""
+    max_headers: Annotated[int, Field(ge=1)] = 100
+    """Headers in one request."""
+    max_header_bytes: Annotated[int, Field(ge=1024, le=1_048_576)] = 16_384
+    """Bytes of headers in one request."""
+    max_connections: Annotated[int, Field(ge=1)] = 512
+    """Connections at once. One more takes the place of the one that has waited longest without a request."""
+    keep_alive_s: Annotated[int, Field(ge=1)] = 15
+    """Time a connection may wait for its next request."""
     drain_seconds: Annotated[float, Field(ge=0)] = 0
     """After SIGTERM: how long to go on serving, not ready, before the port is closed."""
     bundle_root: Path | None = None

@@ -5,27 +5,30 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-from collections.abc import AsyncGenerator, Sequence
-from concurrent.futures import Executor
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 from pydantic_core import from_json
-from python_multipart.multipart import parse_options_header
-from starlette.datastructures import UploadFile
-from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
 from mithridate.bundle import Manifest
 from mithridate.errors import ImageError
-from mithridate.images import ImageLimits, decode_image, fit_image
+from mithridate.images import ImageLimits, OpenImage, open_image
+from service.decode_pool import DecodePool
+from service.multipart import read_parts
 from service.problems import Problem, to_problem
 from service.schemas import PredictBody, PredictOptions
 from service.settings import Settings
 
 RAW_TYPES = ("image/png", "image/jpeg", "image/webp", "application/octet-stream")
+_RATE_GRACE_S = 5.0
+"""How long a body may come at any rate; then its bytes so far, over the time since, must reach ``min_body_rate``."""
+_JOB_PIXELS = 1_048_576
 _ALLOWED = "allowed: image/png, image/jpeg, image/webp, multipart/form-data, application/json"
 
 
@@ -42,48 +45,88 @@ async def read_upload(request: Request, options: PredictOptions, settings: Setti
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type not in (*RAW_TYPES, "multipart/form-data", "application/json"):
         raise Problem(415, f"content type {media_type or '(none)'!r} is not taken; {_ALLOWED}")
-    body = await _read_body(request, settings)
+    body = await read_body(request, settings)
     if not body:
         raise Problem(400, "the body is empty; send an image")
     if media_type == "application/json":
         return _from_json(body, request, settings)
-    files = await _from_multipart(request, body, settings) if media_type == "multipart/form-data" else [body]
+    files = _from_multipart(request, body, settings) if media_type == "multipart/form-data" else [body]
     return Upload(files=files, options=options)
 
 
 async def decode_upload(
-    files: Sequence[bytes], manifest: Manifest, settings: Settings, executor: Executor
+    files: Sequence[bytes], manifest: Manifest, settings: Settings, pool: DecodePool
 ) -> NDArray[np.uint8]:
-    """uint8 ``[N, C, H, W]`` in the bundle's shape; decoding runs in ``executor``. Raises Problem."""
+    """uint8 ``[N, C, H, W]`` in the bundle's shape, decoded in ``pool``. Raises Problem, before pixels are decoded
+    where the files' headers tell."""
+    opened = await pool.run(0, partial(_open, files, manifest, settings))
+    decoded: list[NDArray[np.uint8]] = []
+    # One job of a request after the other: whoever sends many images leaves room for those who send one.
+    for first, group in _groups(opened):
+        decoded += await pool.run(sum(image.pixels for image in group), partial(_decode, group, first, len(files)))
+    return np.stack(decoded)
+
+
+def _open(files: Sequence[bytes], manifest: Manifest, settings: Settings) -> list[OpenImage]:
     limits = ImageLimits(max_bytes=settings.max_body_bytes, max_pixels=settings.max_pixels)
-
-    def decode(number: int, data: bytes) -> NDArray[np.uint8]:
-        try:
-            image = decode_image(data, channels=manifest.image_shape[0], limits=limits)
-            return fit_image(image, shape=manifest.image_shape, resize=manifest.resize)
-        except ImageError as error:
-            raise to_problem(error, prefix=f"image {number}: " if len(files) > 1 else "") from error
-
-    loop = asyncio.get_running_loop()
-    jobs = [loop.run_in_executor(executor, decode, number, data) for number, data in enumerate(files)]
-    return np.stack(await asyncio.gather(*jobs))
+    opened, pixels, allowed = list[OpenImage](), 0, settings.max_request_pixels
+    for number, data in enumerate(files):
+        with _numbered(number, len(files)):
+            opened.append(open_image(data, shape=manifest.image_shape, resize=manifest.resize, limits=limits))
+        pixels += opened[-1].pixels
+        if pixels > allowed:
+            raise Problem(413, f"the first {number + 1} images have {pixels:,} pixels; at most {allowed:,} are allowed")
+    return opened
 
 
-async def _read_body(request: Request, settings: Settings) -> bytes:
+def _groups(images: Sequence[OpenImage]) -> Iterator[tuple[int, list[OpenImage]]]:
+    """(number of the first, images) of parts worth a job each: for a small image the way to a thread costs more."""
+    first = 0
+    for end in range(1, len(images) + 1):
+        if end == len(images) or sum(image.pixels for image in images[first : end + 1]) > _JOB_PIXELS:
+            yield first, list(images[first:end])
+            first = end
+
+
+def _decode(images: Sequence[OpenImage], first: int, count: int) -> list[NDArray[np.uint8]]:
+    decoded = []
+    for number, image in enumerate(images, first):
+        with _numbered(number, count):
+            decoded.append(image.decode())
+    return decoded
+
+
+@contextmanager
+def _numbered(number: int, count: int) -> Iterator[None]:
+    """A library error as a problem that says which image it was, where there are several."""
+    try:
+        yield
+    except ImageError as error:
+        raise to_problem(error, prefix=f"image {number}: " if count > 1 else "") from error
+
+
+async def read_body(request: Request, settings: Settings) -> bytes:
     """The body, never more of it than allowed. 413 before it is all here, 408 for one that does not come."""
     too_large = Problem(413, f"the body is larger than {settings.max_body_bytes} bytes")
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > settings.max_body_bytes:
         raise too_large
-    chunks, size = [], 0
+    chunks, size, rate = [], 0, settings.min_body_rate
+    loop = asyncio.get_running_loop()
+    started = loop.time()
+    latest = started + settings.body_timeout_s
     try:
-        async with asyncio.timeout(settings.body_timeout_s):
+        async with asyncio.timeout_at(min(latest, started + _RATE_GRACE_S if rate else latest)) as limit:
             async for chunk in request.stream():
                 size += len(chunk)
                 if size > settings.max_body_bytes:
                     raise too_large
                 chunks.append(chunk)
+                if rate:
+                    limit.reschedule(min(latest, started + _RATE_GRACE_S + size / rate))
     except TimeoutError as error:
+        if loop.time() < latest:
+            raise Problem(408, f"the body came too slowly: {size} bytes, at under {rate:g} bytes a second") from error
         raise Problem(408, f"the body did not arrive within {settings.body_timeout_s:g} s") from error
     except ClientDisconnect as error:
         raise Problem(400, "the client left before its request was complete") from error
@@ -100,10 +143,11 @@ def _from_json(body: bytes, request: Request, settings: Settings) -> Upload:
     # Before pydantic, which collects one error for every wrong element: minutes for a body of a few megabytes.
     if not isinstance(fields, dict):
         raise Problem(422, f"body: Input should be an object; seen: {type(fields).__name__}")
-    for name in fields.keys() - PredictBody.model_fields.keys():
-        raise Problem(422, f"{name[:80]}: Extra inputs are not permitted")
+    unknown = next((name for name in fields if name not in PredictBody.model_fields), None)
+    if unknown is not None:
+        raise Problem(422, f"{unknown[:80]}: Extra inputs are not permitted")
     if isinstance(fields.get("images"), list):
-        _check_count(len(fields["images"]), settings)
+        check_count(len(fields["images"]), settings)
     try:
         parsed = PredictBody.model_validate(fields)
     except ValidationError as error:
@@ -119,40 +163,22 @@ def _from_json(body: bytes, request: Request, settings: Settings) -> Upload:
     return Upload(files=files, options=options)
 
 
-async def _from_multipart(request: Request, body: bytes, settings: Settings) -> list[bytes]:
-    async def stream() -> AsyncGenerator[bytes, None]:
-        yield body
-
-    _, parameters = parse_options_header(request.headers["content-type"])
-    boundary = parameters.get(b"boundary")
-    if boundary and b"--" + boundary + b"--" not in body:  # the parser leaves out a part that is cut off
-        raise Problem(400, "not readable as multipart/form-data: it ends before its last boundary")
-    parser = MultiPartParser(
-        request.headers, stream(), max_files=settings.max_images + 1, max_fields=8, max_part_size=64 * 1024
-    )
+def _from_multipart(request: Request, body: bytes, settings: Settings) -> list[bytes]:
     try:
-        form = await parser.parse()
-    except (MultiPartException, KeyError, ValueError) as error:
-        message = getattr(error, "message", str(error))
-        if "Too many files" in message:
-            _check_count(settings.max_images + 1, settings)
-        raise Problem(400, f"not readable as multipart/form-data: {message}") from error
-    try:
-        files = []
-        for name, part in form.multi_items():
-            if name != "images" or not isinstance(part, UploadFile):
-                raise Problem(
-                    422, f"part {name!r} is not taken; allowed: files named 'images'; options are in the query"
-                )
-            files.append(await part.read())
-    finally:
-        await form.close()
-    if not files:
+        parts = read_parts(body, request.headers["content-type"], max_parts=settings.max_images)
+    except ValueError as error:
+        raise Problem(400, f"not readable as multipart/form-data: {error}") from error
+    for part in parts:
+        if part.name != "images" or part.filename is None:
+            allowed = "allowed: files named 'images'; options are in the query"
+            raise Problem(422, f"part {part.name[:80]!r} is not taken; {allowed}")
+    if not parts:
         raise Problem(400, "no part named 'images'; send at least one file of that name")
-    _check_count(len(files), settings)
-    return files
+    check_count(len(parts), settings)
+    return [part.content for part in parts]
 
 
-def _check_count(count: int, settings: Settings) -> None:
+def check_count(count: int, settings: Settings) -> None:
+    """Raises Problem 413 for more images than a request may have."""
     if count > settings.max_images:
         raise Problem(413, f"more than {settings.max_images} images in one request; send fewer")

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from service_helpers import check_problem, post, predictions, save
 from starlette.testclient import TestClient
 
@@ -111,7 +112,9 @@ FORMS = [
     Case("option as a part", 422, "part 'top_k'", part(SMALL) + part(b"3", name="top_k", filename=None) + END, FORM),
     Case("image as text", 422, "part 'images'", part(b"hello", filename=None) + END, FORM),
     Case("too many parts", 413, f"more than {MAX_IMAGES}", part(SMALL) * 5 + END, FORM),
-    Case("too many parts by far", 413, f"more than {MAX_IMAGES}", part(SMALL) * 50 + END, FORM),
+    Case("too many parts by far", 413, f"more than {MAX_IMAGES}", part(b"x") * 700 + END, FORM),
+    Case("part with endless headers", 400, "headers of a part", b"--frontier\r\n" + b"X: y\r\n" * 9000 + END, FORM),
+    Case("nearly the boundary", 400, "too often", part(b"\r\n--frontiers" * 4000) + END, FORM),
     Case("empty part", 400, "empty", part(b"") + END, FORM),
     Case("cut off in the second part", 400, "multipart", part(SMALL) + part(SMALL)[:-30], FORM),
 ]
@@ -161,6 +164,33 @@ def test_refused(small: TestClient, clean: list[bytes], good: list[dict[str, Any
     response = small.post("/v1/predict", content=case.content, headers=headers, params=case.query)
     check_problem(response, case.status, case.says)
     assert predictions(post(small, clean[0], top_k=10, explain=True)) == good
+
+
+def test_nothing_that_a_file_says_of_itself_is_told(
+    small: TestClient, clean: list[bytes], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither to the client nor in the log: metadata, file names, and what comes after the pixels."""
+    secret = "a name, a place"
+    image, text = Image.open(io.BytesIO(clean[0])), PngInfo()
+    text.add_text("Author", secret)
+    exif = Image.Exif()
+    exif[0x010E] = secret
+    files = [save(image, "PNG", pnginfo=text, exif=exif), save(image, "WEBP", exif=exif, xmp=secret.encode())]
+    files += [data[:-30] for data in files] + [clean[0] + secret.encode(), save(image, "GIF", comment=secret)]
+    with caplog.at_level("DEBUG"):
+        for data in files:
+            for response in (
+                post(small, data, explain=True),
+                small.post("/v1/predict", files={"images": (f"{secret}.png", data, secret)}),
+            ):
+                assert response.status_code in (200, 400, 415)
+                assert "a name" not in response.text
+    assert "a name" not in caplog.text
+
+
+def test_the_last_of_two_json_fields_of_one_name_counts(small: TestClient, clean: list[bytes]) -> None:
+    twice = b'{"images":["aa"],"images":["%s"]}' % b64(clean[0]).encode()
+    assert predictions(post(small, twice, media_type=JSON)) == predictions(post(small, clean[0]))
 
 
 def test_elsewhere(small: TestClient) -> None:

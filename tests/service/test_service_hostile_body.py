@@ -62,6 +62,54 @@ def test_a_body_that_does_not_come_is_not_waited_for(digits_bundle: Path, clean:
     assert time.monotonic() - started < 30
 
 
+def test_a_body_that_trickles_is_not_waited_for(
+    digits_bundle: Path, clean: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.uploads._RATE_GRACE_S", 0.3)
+
+    async def trickling() -> AsyncIterator[bytes]:
+        for _ in range(100):
+            yield b"x" * 100
+            await asyncio.sleep(0.1)
+
+    started = time.monotonic()
+    response = send_slowly(digits_bundle, trickling(), min_body_rate=4000)
+    check_problem(response, 408, "too slowly", "under 4000 bytes a second")
+    assert time.monotonic() - started < 10
+    check_problem(send_slowly(digits_bundle, trickling(), min_body_rate=0, body_timeout_s=0.5), 408, "within 0.5 s")
+
+
+def test_bodies_that_are_still_coming_take_nobodys_place(digits_bundle: Path, clean: list[bytes]) -> None:
+    async def main() -> None:
+        app = create_app(load_settings(bundle=digits_bundle, seed=7, queue_size=1))
+        end = asyncio.Event()
+
+        async def waiting() -> AsyncIterator[bytes]:
+            yield clean[0][:20]
+            await end.wait()
+            yield clean[0][20:]
+
+        transport = httpx2.ASGITransport(app)
+        async with (
+            app.router.lifespan_context(app),
+            httpx2.AsyncClient(transport=transport, base_url="http://service") as client,
+        ):
+            while (await client.get("/readyz")).status_code != 200:  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+            slow = [
+                asyncio.create_task(client.post("/v1/predict", content=waiting(), headers=_HEADERS)) for _ in range(9)
+            ]
+            await asyncio.sleep(0.05)
+            expected = predictions(await client.post("/v1/predict", content=clean[0], headers=_HEADERS))
+            end.set()
+            answered = [response for response in await asyncio.gather(*slow) if response.status_code == 200]
+            assert answered
+            assert all(predictions(response) == expected for response in answered)
+            assert (await client.get("/metrics")).text.count("mithridate_requests_in_flight 0.0") == 1
+
+    asyncio.run(main())
+
+
 def test_an_honest_body_without_a_length(digits_bundle: Path, clean: list[bytes], client: TestClient) -> None:
     async def in_pieces() -> AsyncIterator[bytes]:
         for start in range(0, len(clean[0]), 16):
@@ -76,6 +124,8 @@ HOSTILE_JSON = {
     "empty images": (b'{"images":[' + b'"",' * 2_000_000 + b'""]}', 413),
     "unknown fields": (b"{" + b",".join(b'"%d":1' % number for number in range(1_000_000)) + b"}", 422),
     "options of a defence": (b'{"images":["aa"],"defense":"rmc:' + b"a=b," * 2_000_000 + b'"}', 422),
+    "a million images": (b'{"images":[' + b'"aa",' * 1_000_000 + b'"aa"]}', 413),
+    "deep": (b'{"images":' + b'{"a":' * 1_000_000, 400),
     "one long number": (b'{"images":["aa"],"top_k":' + b"9" * 4_000_000 + b"}", 400),
 }
 

@@ -1,0 +1,271 @@
+"""What a connection may cost before there is a request to judge: time, headers, and a place among the others.
+
+No middleware sees a client that never finishes its headers, and uvicorn waits for it forever (its only timer is the
+one between two requests). Therefore uvicorn's own protocol is held here to ``ConnectionLimits``:
+
+- headers complete within a time, counted from the connection or from the first byte after an answer, however the bytes
+  trickle (408, closed); few enough and small enough (431, closed);
+- a body in crumbs is refused (400, closed): each chunk costs the event loop the same, whatever it carries;
+- a body that goes on after its answer, and an answer that is not read, are waited for so long and no longer;
+- when all places are taken, whoever has waited longest without a request in hand loses theirs. A client that sends its
+  request at once is never in that position for long, so clients that do nothing cannot keep it out. Only where every
+  place has a request running is a new connection refused (503).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import Any, ClassVar, Literal
+
+import h11
+from uvicorn.config import Config
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from service.settings import Settings
+
+_LINGER_S = 1.0
+"""After a refusal: how long to go on reading, so that the answer is not lost to a reset."""
+_LATE_BODY_S = 5.0
+"""After an answer that came before its request's body ended: how long the rest may take."""
+_CRUMBS, _CRUMB_BYTES = 4096, 64
+"""A body in more pieces than this must have at least so many bytes a piece."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConnectionLimits:
+    """See the settings of the same names; ``write_timeout_s`` is how long an answer may wait to be read."""
+
+    max_connections: int
+    header_timeout_s: float
+    max_headers: int
+    max_header_bytes: int
+    write_timeout_s: float = 30.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guard:
+    """What all connections of one server share."""
+
+    limits: ConnectionLimits
+    waiting: dict[GuardedProtocol, None] = field(default_factory=dict)
+    """Connections without a request in hand, the one that has been so longest first."""
+    ended: Counter[str] = field(default_factory=Counter)
+    """How many were ended here, by reason."""
+
+
+def connection_options(settings: Settings) -> dict[str, Any]:
+    """The part of ``uvicorn.Config`` that holds connections to the settings' limits."""
+    limits = ConnectionLimits(
+        max_connections=settings.max_connections,
+        header_timeout_s=settings.header_timeout_s,
+        max_headers=settings.max_headers,
+        max_header_bytes=settings.max_header_bytes,
+    )
+    return {
+        "http": guarded(limits),
+        "ws": "none",
+        "timeout_keep_alive": settings.keep_alive_s,
+        "h11_max_incomplete_event_size": limits.max_header_bytes,
+    }
+
+
+def guarded(limits: ConnectionLimits) -> type[GuardedProtocol]:
+    """The protocol for one server; ``.guard`` tells what became of its connections."""
+
+    class Protocol(GuardedProtocol):
+        guard = Guard(limits=limits)
+
+    return Protocol
+
+
+class _Bounded(h11.Connection):
+    """A parser that also counts: h11 bounds only what is incomplete, and a flood may arrive in one piece."""
+
+    def __init__(self, limits: ConnectionLimits) -> None:
+        super().__init__(h11.SERVER, limits.max_header_bytes)
+        self._limits = limits
+        self._pieces = self._bytes = 0
+
+    def next_event(self) -> Any:
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            self._pieces = self._bytes = 0
+            size = len(event.target) + sum(len(name) + len(value) + 4 for name, value in event.headers)
+            if size > self._limits.max_header_bytes or len(event.headers) > self._limits.max_headers:
+                raise h11.RemoteProtocolError("too many headers", error_status_hint=431)
+        elif isinstance(event, h11.Data):
+            self._pieces += 1
+            self._bytes += len(event.data)
+            if self._pieces > _CRUMBS and self._bytes < _CRUMB_BYTES * self._pieces:
+                raise h11.RemoteProtocolError("body in crumbs")
+        return event
+
+
+class GuardedProtocol(H11Protocol):
+    """uvicorn's HTTP/1.1, held to ``guard.limits``. Always h11: whether httptools is installed changes nothing."""
+
+    guard: ClassVar[Guard]
+
+    def __init__(self, config: Config, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self.conn = _Bounded(self.guard.limits)
+        self._timer: asyncio.TimerHandle | None = None
+        self._awaited = ""
+        self._writing: asyncio.TimerHandle | None = None
+        self._refused = False
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        limits = self.guard.limits
+        if len(self.connections) > limits.max_connections:
+            oldest = next(iter(self.guard.waiting), None)
+            if oldest is None:
+                self._refuse(503, "all connections are in use", retry=True)
+                return
+            oldest.give_up_place()
+        self.guard.waiting[self] = None
+        self._await("headers")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.guard.waiting.pop(self, None)
+        self._stop()
+        if self._writing:
+            self._writing.cancel()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if not self._refused:
+            super().data_received(data)
+
+    def handle_events(self) -> None:
+        super().handle_events()
+        if self._refused or self.transport.is_closing():
+            return
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.guard.waiting.pop(self, None)
+            self._stop()
+        else:
+            self._wait()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.transport.is_closing():
+            self._abort_later()
+        elif self.cycle.response_complete and not self._refused:  # no pipelined request has begun
+            self._wait()
+
+    def give_up_place(self) -> None:
+        """Ends a connection that has no request in hand."""
+        self.guard.ended["place taken"] += 1
+        self.guard.waiting.pop(self, None)
+        self.connections.discard(self)
+        self._stop()
+        self.transport.abort()
+
+    def send_400_response(self, msg: str) -> None:
+        """Called by uvicorn where the parser has raised."""
+        del msg
+        error = sys.exception()
+        status = error.error_status_hint if isinstance(error, h11.RemoteProtocolError) else 400
+        limits = self.guard.limits
+        if status == 431:
+            detail = f"at most {limits.max_headers} headers of {limits.max_header_bytes} bytes in all are taken"
+        else:
+            detail = f"not readable as HTTP/1.1: {error}"[:200]
+        self._refuse(status, detail)
+
+    def timeout_keep_alive_handler(self) -> None:
+        super().timeout_keep_alive_handler()
+        self._abort_later()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._writing = self.loop.call_later(self.guard.limits.write_timeout_s, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._writing:
+            self._writing.cancel()
+
+    def _should_upgrade(self) -> bool:
+        return False  # no protocol but this one; the answer is that of the same request without the wish
+
+    def _wait(self) -> None:
+        """There is no request in hand: for what comes next a time runs, which no further byte prolongs."""
+        self.guard.waiting.setdefault(self)
+        if self.conn.their_state is h11.SEND_BODY:
+            self._await("body")
+        else:
+            self._await("headers" if self.conn.trailing_data[0] else "request")
+
+    def _await(self, what: Literal["headers", "body", "request"]) -> None:
+        if what == self._awaited or (what, self._awaited) == ("request", "headers"):
+            return
+        if what == "body":
+            self._start(_LATE_BODY_S, self._body_late)
+        elif what == "headers":
+            self._start(self.guard.limits.header_timeout_s, self._headers_late)
+        else:
+            self._start(self.timeout_keep_alive, self._idle)
+        self._awaited = what
+
+    def _idle(self) -> None:
+        self.guard.ended["idle"] += 1
+        self.timeout_keep_alive_handler()
+
+    def _headers_late(self) -> None:
+        if self.conn.trailing_data[0]:
+            seconds = self.guard.limits.header_timeout_s
+            self._refuse(408, f"the request's headers did not arrive within {seconds:g} s")
+        else:
+            self.guard.ended["no request"] += 1
+            self.transport.close()
+
+    def _body_late(self) -> None:
+        self.guard.ended["endless body"] += 1
+        self.transport.abort()
+
+    def _refuse(self, status: int, detail: str, *, retry: bool = False) -> None:
+        """Answers for uvicorn, whose own answers are not problem documents, and ends the connection."""
+        self.guard.ended[str(status)] += 1
+        self.guard.waiting.pop(self, None)
+        self._refused = True
+        self._unset_keepalive_if_required()
+        if self.cycle is not None and not self.cycle.response_complete:  # the request whose body it was
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+            answered = self.cycle.response_started
+        else:
+            answered = False
+        if not answered:
+            self.transport.write(_answer(status, detail, retry=retry))
+        self.transport.write_eof() if self.transport.can_write_eof() else self.transport.close()
+        if len(self.connections) > 2 * self.guard.limits.max_connections:
+            self.transport.abort()
+        self._start(_LINGER_S, self.transport.abort)
+
+    def _abort_later(self) -> None:
+        self._start(self.guard.limits.write_timeout_s, self.transport.abort)  # where the client does not read
+
+    def _start(self, seconds: float, then: Any) -> None:
+        self._stop()
+        self._timer = self.loop.call_later(seconds, then)
+
+    def _stop(self) -> None:
+        self._awaited = ""
+        if self._timer:
+            self._timer.cancel()
+            self._timer = None
+
+
+def _answer(status: int, detail: str, *, retry: bool) -> bytes:
+    phrase = HTTPStatus(status).phrase
+    document = {"type": "about:blank", "title": phrase, "status": status, "detail": detail}
+    body = json.dumps({**document, "instance": "", "request_id": ""}).encode()
+    head = f"HTTP/1.1 {status} {phrase}\r\nContent-Type: application/problem+json\r\nContent-Length: {len(body)}\r\n"
+    return head.encode() + (b"Retry-After: 1\r\n" if retry else b"") + b"Connection: close\r\n\r\n" + body

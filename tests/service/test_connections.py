@@ -1,0 +1,307 @@
+"""Clients that cost without asking, over real sockets: each is ended in time, and others are answered meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import uvicorn
+from service_helpers import wait_until
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+
+from service.connections import ConnectionLimits, Guard, guarded
+
+GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+SHORT = 0.3
+LIMITS = ConnectionLimits(
+    max_connections=20, header_timeout_s=SHORT, max_headers=30, max_header_bytes=4096, write_timeout_s=SHORT
+)
+
+
+async def _count(request: Request) -> Response:
+    return PlainTextResponse(str(len(await request.body())))
+
+
+async def _refuse(request: Request) -> Response:
+    return PlainTextResponse("no", status_code=413)
+
+
+async def _slow(request: Request) -> Response:
+    await asyncio.sleep(3 * SHORT)
+    return PlainTextResponse("done")
+
+
+async def _large(request: Request) -> Response:
+    return PlainTextResponse("x" * 50_000_000)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """A server of this process, and sockets to it."""
+
+    port: int
+    guard: Guard
+    server: uvicorn.Server
+
+    def connect(self, sent: bytes = b"") -> socket.socket:
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=10)
+        if sent:
+            connection.sendall(sent)
+        return connection
+
+    def ask(self, sent: bytes = GET) -> bytes:
+        """What the server says until it closes, or a whole short answer."""
+        with closing(self.connect(sent)) as connection:
+            return answer(connection)
+
+    def open(self) -> int:
+        return len(self.server.server_state.connections)
+
+
+def answer(connection: socket.socket) -> bytes:
+    found = b""
+    while b"\r\n\r\n" not in found or len(found.partition(b"\r\n\r\n")[2]) < length(found):
+        more = connection.recv(65536)
+        if not more:
+            break
+        found += more
+    return found
+
+
+def send(connection: socket.socket, data: bytes) -> bool:
+    """Whether the connection still takes it."""
+    try:
+        connection.sendall(data)
+    except ConnectionError:
+        return False
+    return True
+
+
+def length(head: bytes) -> int:
+    for line in head.lower().split(b"\r\n"):
+        if line.startswith(b"content-length:"):
+            return int(line.split(b":")[1])
+    return 1 << 60
+
+
+def status(found: bytes) -> int:
+    return int(found.split(b" ", 2)[1])
+
+
+def ended_after(connection: socket.socket) -> float:
+    """Seconds until the server ends the connection."""
+    started = time.monotonic()
+    try:
+        while connection.recv(65536):
+            pass
+    except ConnectionError:
+        pass
+    return time.monotonic() - started
+
+
+@contextmanager
+def serve(limits: ConnectionLimits = LIMITS, keep_alive_s: int = 60) -> Iterator[Served]:
+    routes = [
+        Route("/", _count, methods=["GET", "POST"]),
+        Route("/refuse", _refuse, methods=["POST"]),
+        Route("/slow", _slow),
+        Route("/large", _large),
+    ]
+    protocol: Any = guarded(limits)
+    config = uvicorn.Config(
+        Starlette(routes=routes), http=protocol, ws="none", log_config=None, timeout_keep_alive=keep_alive_s,
+        h11_max_incomplete_event_size=limits.max_header_bytes, timeout_graceful_shutdown=1, lifespan="off",
+    )  # fmt: skip
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    wait_until(lambda: server.started)
+    try:
+        yield Served(port=listener.getsockname()[1], guard=protocol.guard, server=server)
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Served]:
+    with serve() as found:
+        yield found
+
+
+@pytest.fixture(autouse=True)
+def _none_left(served: Served) -> Iterator[None]:
+    yield
+    wait_until(lambda: served.open() == 0)
+    assert not served.guard.waiting
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET / HT", b"GET / HTTP/1.1\r\nHost: x\r\n"])
+def test_headers_that_do_not_come_are_not_waited_for(served: Served, sent: bytes) -> None:
+    started = time.monotonic()
+    found = served.ask(sent)
+    assert SHORT <= time.monotonic() - started < 8 * SHORT
+    if sent:
+        check_refused(found, 408, "did not arrive within 0.3 s")
+    else:
+        assert found == b""  # nobody asked
+
+
+def test_a_byte_now_and_then_buys_no_time(served: Served) -> None:
+    """Slowloris: one header line a while, for ever."""
+    with closing(served.connect(b"GET / HTTP/1.1\r\n")) as connection:
+        started = time.monotonic()
+        while send(connection, b"X-a: b\r\n"):
+            assert time.monotonic() - started < 20 * SHORT
+            time.sleep(SHORT / 8)
+        assert time.monotonic() - started < 8 * SHORT
+
+
+def test_a_slow_next_request_is_not_waited_for_either(served: Served) -> None:
+    with closing(served.connect(GET)) as connection:
+        assert status(answer(connection)) == 200
+        time.sleep(2 * SHORT)  # idle, which is something else
+        connection.sendall(b"GET / HTTP/1.1\r\n")
+        time.sleep(SHORT / 2)
+        connection.sendall(b"Host: x\r\n")
+        assert ended_after(connection) < 4 * SHORT
+
+
+def test_an_answer_that_takes_long_is_no_slow_client(served: Served) -> None:
+    assert served.ask(GET.replace(b"/", b"/slow", 1)).endswith(b"done")
+
+
+def test_pipelined_requests_are_all_answered(served: Served) -> None:
+    with closing(served.connect(GET * 5)) as connection:
+        found = b""
+        while found.count(b"HTTP/1.1 200") < 5:
+            found += connection.recv(65536)
+    with closing(served.connect(GET + GET[:20])) as connection:  # the second one stays a part
+        assert status(answer(connection)) == 200
+        assert ended_after(connection) < 4 * SHORT
+
+
+def check_refused(found: bytes, code: int, says: str) -> None:
+    head, _, body = found.partition(b"\r\n\r\n")
+    assert status(head) == code
+    assert b"Content-Type: application/problem+json" in head
+    assert b"Connection: close" in head
+    document = json.loads(body)
+    assert set(document) == {"type", "title", "status", "detail", "instance", "request_id"}
+    assert document["status"] == code
+    assert says in document["detail"]
+
+
+HEADERS = {
+    "many": (b"X-%d: 1\r\n" * 31 % tuple(range(31)), 431, "at most 30 headers of 4096 bytes"),
+    "thousands in one piece": (b"X: 1\r\n" * 20_000, 431, "at most 30 headers"),
+    "one long": (b"X: " + b"a" * 5000 + b"\r\n", 431, "at most 30 headers"),
+    "one endless": (b"X: " + b"a" * 300_000, 431, "at most 30 headers"),
+    "not a header": (b"hello\r\n", 400, "not readable as HTTP/1.1"),
+    "a null byte": (b"X: \0\r\n", 400, "not readable as HTTP/1.1"),
+    "two lengths": (b"Content-Length: 1\r\nContent-Length: 2\r\n", 400, "not readable"),
+    "a length below zero": (b"Content-Length: -1\r\n", 400, "not readable"),
+    "another encoding": (b"Transfer-Encoding: gzip\r\n", 501, "not readable"),
+}
+
+
+@pytest.mark.parametrize(("lines", "code", "says"), HEADERS.values(), ids=HEADERS)
+def test_header_floods_and_bad_headers_are_refused(served: Served, lines: bytes, code: int, says: str) -> None:
+    check_refused(served.ask(b"GET / HTTP/1.1\r\nHost: x\r\n" + lines + b"\r\n"), code, says)
+
+
+def test_as_many_headers_as_allowed(served: Served) -> None:
+    assert status(served.ask(GET[:-2] + b"X-a: 1\r\n" * 29 + b"\r\n")) == 200
+
+
+POST = b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+def test_a_body_in_crumbs_is_refused(served: Served) -> None:
+    """Each chunk costs the event loop some 20 microseconds, whatever it holds: 32 MiB bytewise are ten minutes."""
+    check_refused(served.ask(POST + b"1\r\nx\r\n" * 8_000), 400, "crumbs")
+    assert served.ask(POST + b"1\r\nx\r\n" * 4_000 + b"0\r\n\r\n").endswith(b"4000")
+    assert served.ask(POST + b"200\r\n" + b"x" * 512 + b"\r\n0\r\n\r\n").endswith(b"512")
+
+
+def test_a_length_that_lies(served: Served) -> None:
+    short = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nabcdef"
+    with closing(served.connect(short)) as connection:  # the rest would be another request, and is none
+        found = b""
+        while more := connection.recv(65536):
+            found += more
+    assert b"\r\n\r\n3HTTP/1.1 408 " in found
+
+
+def test_the_rest_of_a_refused_body_is_not_read_for_ever(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.connections._LATE_BODY_S", SHORT)
+    with closing(served.connect(POST.replace(b"/", b"/refuse", 1))) as connection:
+        assert status(answer(connection)) == 413
+        started = time.monotonic()
+        while send(connection, b"1000\r\n" + b"x" * 4096 + b"\r\n"):
+            assert time.monotonic() - started < 20 * SHORT
+        assert time.monotonic() - started < 8 * SHORT
+
+
+def test_after_the_rest_of_a_refused_body_the_connection_lives(served: Served) -> None:
+    with closing(served.connect(POST.replace(b"/", b"/refuse", 1) + b"1\r\nx\r\n")) as connection:
+        assert status(answer(connection)) == 413
+        connection.sendall(b"0\r\n\r\n")
+        time.sleep(2 * SHORT)
+        connection.sendall(GET)
+        assert status(answer(connection)) == 200
+
+
+def test_an_answer_that_is_not_read_is_given_up(served: Served) -> None:
+    with closing(served.connect(GET.replace(b"/", b"/large", 1))):
+        wait_until(lambda: served.open() == 1)
+        wait_until(lambda: served.open() == 0, seconds=10)
+
+
+def test_an_idle_connection_is_closed() -> None:
+    with serve(keep_alive_s=1) as served, closing(served.connect(GET)) as connection:
+        assert status(answer(connection)) == 200
+        assert 0.5 < ended_after(connection) < 5
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET / HTTP/1.1\r\nX", GET], ids=["silent", "slowloris", "idle"])
+def test_clients_that_only_sit_there_keep_nobody_out(sent: bytes) -> None:
+    limits = ConnectionLimits(max_connections=20, header_timeout_s=60, max_headers=30, max_header_bytes=4096)
+    with serve(limits) as served:
+        sitting = [served.connect(sent) for _ in range(200)]
+        for _ in range(20):
+            assert status(served.ask()) == 200
+        assert served.open() <= limits.max_connections
+        assert served.guard.ended["place taken"] >= 200 - limits.max_connections
+        for connection in sitting:
+            connection.close()
+
+
+def test_where_every_connection_has_a_request_one_more_is_refused() -> None:
+    limits = ConnectionLimits(max_connections=3, header_timeout_s=5, max_headers=30, max_header_bytes=4096)
+    with serve(limits) as served:
+        busy = [served.connect(GET.replace(b"/", b"/slow", 1)) for _ in range(3)]
+        wait_until(lambda: served.open() == 3 and not served.guard.waiting)
+        found = served.ask()
+        check_refused(found, 503, "all connections are in use")
+        assert b"Retry-After: 1" in found
+        for connection in busy:
+            assert answer(connection).endswith(b"done")
+            connection.close()
+        assert status(served.ask()) == 200
+
+
+def test_an_upgrade_is_a_plain_request(served: Served) -> None:
+    assert status(served.ask(GET[:-2] + b"Connection: upgrade\r\nUpgrade: websocket\r\n\r\n")) == 200
