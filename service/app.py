@@ -21,11 +21,12 @@ from mithridate.errors import BudgetExceededError, MithridateError
 from mithridate.evaluation.card import Card
 from service import problems
 from service.batching import Answer, EngineStoppedError
+from service.collectors import watch_lag
 from service.engine import Engine
 from service.loading import Loaded
-from service.metrics import Metrics
-from service.middleware import RequestIdMiddleware
-from service.problems import Problem, request_id, to_problem
+from service.middleware import RequestMiddleware
+from service.problems import Problem, ShedReason, request_id, to_problem
+from service.record import Record
 from service.reports import report_bundle, report_images
 from service.schemas import (
     BatchReport,
@@ -41,6 +42,7 @@ from service.schemas import (
 )
 from service.settings import Settings
 from service.uploads import RAW_TYPES, Upload, decode_upload, read_upload
+from service.watching import Watching
 
 logger = logging.getLogger("mithridate.service")
 
@@ -54,7 +56,8 @@ class Service:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.engine = Engine(settings)
-        self.metrics = Metrics()
+        self.watching = Watching(settings, loaded=lambda: self.engine.loaded)
+        self.metrics = self.watching.metrics
         self.decoders = ThreadPoolExecutor(max_workers=_DECODERS, thread_name_prefix="decode")
         self.draining = False
         self.failure: str | None = None
@@ -64,6 +67,8 @@ class Service:
         self.engine.on_batch = self.metrics.ran
         self.engine.on_death = self._die
         self.metrics.waiting.set_function(lambda: self.engine.waiting)
+        self.metrics.backlog.set_function(lambda: self._in_flight * self.engine.service_seconds)
+        self.metrics.queue_wait.set_function(lambda: max(self.metrics.waits.p95(), self.engine.oldest_wait))
 
     async def load(self) -> None:
         """Loads the bundle; afterwards the service is ready, or ``failure`` says why it never will be."""
@@ -94,6 +99,7 @@ class Service:
         """Ends the threads."""
         self.engine.close()
         self.decoders.shutdown(wait=True, cancel_futures=True)
+        self.watching.close()
 
     def require_loaded(self) -> Loaded:
         """What is served. Raises Problem 503 while there is nothing."""
@@ -103,7 +109,8 @@ class Service:
             detail = "still loading the bundle"
             if self.failure or self.draining:
                 detail = "the bundle cannot be served" if self.failure else "draining"
-            raise Problem(503, detail, headers={"Retry-After": "1"})
+            reason: ShedReason = "draining" if self.draining else "not-ready"
+            raise Problem(503, detail, headers={"Retry-After": "1"}, reason=reason)
         return loaded
 
     async def predict(self, request: Request, options: PredictOptions) -> PredictResponse:
@@ -113,15 +120,18 @@ class Service:
     async def answer(self, request: Request, read: Callable[[], Awaitable[Upload]]) -> PredictResponse:
         """What every protocol answers with: admits the request, lets ``read`` take its body, decodes, and runs the
         defence. Raises Problem."""
+        with self.watching.outcome(request) as record:
+            return await self._answer(request, read, record)
+
+    async def _answer(self, request: Request, read: Callable[[], Awaitable[Upload]], record: Record) -> PredictResponse:
         started = time.perf_counter()
         loaded = self.require_loaded()
         self._admit()
-        name = "unknown"
         try:
             upload = await read()
             options = upload.options
             defence = self._choose(loaded, options)
-            name, manifest = defence.name, loaded.bundle.manifest
+            record.defense, manifest = defence.name, loaded.bundle.manifest
             deadline_ms = min(options.deadline_ms or math.inf, self.settings.deadline_ms)
             deadline = time.monotonic() + deadline_ms / 1000 - (time.perf_counter() - started)
             decoding = time.perf_counter()
@@ -133,19 +143,14 @@ class Service:
             response = PredictResponse(
                 id=request_id(request),
                 bundle=BundleRef(name=manifest.name, digest=loaded.bundle.digest),
-                defense=name,
+                defense=defence.name,
                 predictions=report_images(manifest, loaded.resources.exemplars, answer.prediction, options),
                 batch=BatchReport(requests=answer.batch.requests, images=answer.batch.images),
                 timings_ms=Timings(**{**timings, "total": 1000 * (time.perf_counter() - started)}),
             )
-            self.metrics.answered(name, answer.prediction, response.timings_ms.model_dump())
+            taken = response.timings_ms.model_dump()
+            self.watching.answered(request, loaded.bundle, answer, decoding=decoding, timings_ms=taken)
             return response
-        except Problem as problem:
-            self.metrics.refused(problem.status, name)
-            raise
-        except Exception:
-            self.metrics.refused(500, name)
-            raise
         finally:
             self._in_flight -= 1
             self.metrics.in_flight.set(self._in_flight)
@@ -153,8 +158,8 @@ class Service:
     def _admit(self) -> None:
         if self._in_flight >= self.settings.queue_size:
             wait = max(1, math.ceil(self._in_flight * self.engine.service_seconds))
-            self.metrics.refused(429, "unknown")
-            raise Problem(429, f"{self._in_flight} requests are waiting already", headers={"Retry-After": str(wait)})
+            detail = f"{self._in_flight} requests are waiting already"
+            raise Problem(429, detail, headers={"Retry-After": str(wait)}, reason="queue-full")
         self._in_flight += 1
         self.metrics.in_flight.set(self._in_flight)
 
@@ -173,12 +178,13 @@ class Service:
             async with asyncio.timeout(max(0.0, deadline - time.monotonic())):  # also while others have the engine
                 return await self.engine.predict(defence, pixels, deadline=deadline, cancelled=cancelled)
         except TimeoutError as error:
-            raise Problem(504, "the deadline passed before there was an answer") from error
+            raise Problem(504, "the deadline passed before there was an answer", reason="deadline") from error
         except BudgetExceededError as error:
-            detail = "the deadline passed" if error.reason == "deadline" else "the client left"
-            raise Problem(504, f"{detail} before there was an answer") from error
+            if error.reason == "deadline":
+                raise Problem(504, "the deadline passed before there was an answer", reason="deadline") from error
+            raise Problem(504, "the client left before there was an answer") from error
         except EngineStoppedError as error:
-            raise Problem(503, "the service stopped before there was an answer") from error
+            raise Problem(503, "the service stopped before there was an answer", reason="draining") from error
         except MithridateError as error:
             raise to_problem(error) from error
         finally:
@@ -202,11 +208,15 @@ def create_app(settings: Settings) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         loading = asyncio.create_task(service.load())
+        lag = asyncio.create_task(watch_lag(service.metrics.loop_lag.observe))
         try:
             yield
         finally:
             service.drain()
             await loading
+            lag.cancel()
+            with suppress(asyncio.CancelledError):
+                await lag
             await asyncio.get_running_loop().run_in_executor(None, service.close)
 
     app = FastAPI(
@@ -220,7 +230,9 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.service = service
     problems.install(app)
-    app.add_middleware(RequestIdMiddleware)
+    app.add_middleware(
+        RequestMiddleware, tracing=service.watching.tracing, log_client_address=settings.log_client_address
+    )
     _add_predict(app, service)
     _add_descriptions(app, service)
     _add_health(app, service)

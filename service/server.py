@@ -12,6 +12,7 @@ import uvicorn
 
 from mithridate.bundle import Bundle
 from mithridate.errors import OptionError
+from service import logs
 from service.app import Service, create_app
 from service.settings import Settings
 
@@ -25,7 +26,7 @@ def serve(settings: Settings) -> None:
     """
     if settings.log_level not in LOG_LEVELS:
         raise OptionError(f"log level {settings.log_level!r} is unknown; allowed: {', '.join(LOG_LEVELS)}")
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    logs.configure(settings)
     Bundle.open(settings.bundle, verify=False)  # a wrong path is said before anything is started
     listener = _bind(settings)
     app = create_app(settings)
