@@ -86,7 +86,9 @@ class RecentQueries:
     forgotten first. Not for several threads at once."""
 
     def __init__(self, yardstick: Yardstick, *, window: int, max_bytes: int) -> None:
-        self._yardstick, self._window, self._max_bytes = yardstick, window, max_bytes
+        row_bytes = yardstick.centre.nbytes
+        self._window = max(1, min(window, (max_bytes - _CLIENT_BYTES) // row_bytes))  # one client has to fit, too
+        self._yardstick, self._max_bytes = yardstick, max_bytes
         self._clients: OrderedDict[str, _Client] = OrderedDict()
         self.nbytes = 0
 
