@@ -262,6 +262,7 @@ _KINDS: tuple[_Kind, ...] = (
     (lambda content: "gradients" in content, tables_random.pixels),
     (lambda content: "bare_seconds" in content, tables_attacks.cost),
     (lambda content: "extras" in content, tables_attacks.extras),
+    (lambda content: "near_duplicates" in content, tables_attacks.near_duplicates),
 )
 
 

@@ -36,3 +36,38 @@ def extras(content: dict[str, Any]) -> Iterator[str]:
             ],
         )
         yield f"\n{extra['note']}"
+
+
+def near_duplicates(content: dict[str, Any]) -> Iterator[str]:
+    """``query_telemetry``."""
+    yield (
+        f"\nBase model, {content['dataset']}; Square on {content['attacked']} images, {content['budget']} queries each;"
+        f" the latest {content['window']:,} are compared"
+    )
+    yield from table(
+        ["traffic", "fraction", "images", "near, %", "identical, %", "clients warned of"],
+        [
+            [
+                row["traffic"],
+                str(row["fraction"]),
+                f"{row['queries']:,}",
+                *(f"{100 * row[key] / row['queries']:.1f}" for key in ("near", "identical")),
+                f"{row['warned']} of {row['clients']}",
+            ]
+            for row in content["near_duplicates"]
+        ],
+    )
+    yield from table(
+        ["telemetry, one client, `none`", "p50 ms", "p99 ms", "resident MB", "requests"],
+        [
+            [kind, f"{row['p50_ms']:.2f}", f"{row['p99_ms']:.2f}", f"{row['resident_mb']:.0f}", f"{row['requests']:,}"]
+            for kind, row in content["cost"].items()
+        ],
+    )
+    yield from table(
+        ["numbers in an embedding", "us to compare one image", "kB a client"],
+        [
+            [f"{row['dimension']:,}", f"{row['us']:.0f}", f"{row['client_bytes'] / 1024:,.0f}"]
+            for row in content["compare"]
+        ],
+    )

@@ -32,7 +32,7 @@ class Watching:
     def outcome(self, request: Request) -> Iterator[Record]:
         """Around all that answers one request to predict: counts how it ended, whatever it was asked through."""
         record = record_of(request.scope)
-        record.outcome = "500"
+        record.outcome = "cancelled"
         try:
             yield record
             record.outcome = "ok"
@@ -42,6 +42,7 @@ class Watching:
             self.metrics.count(str(problem.status), record.defense or UNKNOWN)
             raise
         except Exception:
+            record.outcome = "500"
             self.metrics.count("500", record.defense or UNKNOWN)
             raise
         self.metrics.count("ok", record.defense or UNKNOWN)
