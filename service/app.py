@@ -67,8 +67,8 @@ class Service:
         self.engine.on_batch = self.metrics.ran
         self.engine.on_death = self._die
         self.metrics.waiting.set_function(lambda: self.engine.waiting)
+        self.metrics.waits.waiting = lambda: self.engine.waiting
         self.metrics.backlog.set_function(lambda: self._in_flight * self.engine.service_seconds)
-        self.metrics.queue_wait.set_function(lambda: max(self.metrics.waits.p95(), self.engine.oldest_wait))
 
     async def load(self) -> None:
         """Loads the bundle; afterwards the service is ready, or ``failure`` says why it never will be."""
@@ -137,7 +137,8 @@ class Service:
             decoding = time.perf_counter()
             pixels = await decode_upload(upload.files, manifest, self.settings, self.decoders)
             decoded = time.perf_counter()
-            answer = await self._ask(request, defence, pixels, deadline)
+            with self.metrics.waits.asking():
+                answer = await self._ask(request, defence, pixels, deadline)
             seconds = {"queue": answer.queue_seconds, "decode": decoded - decoding, **answer.prediction.seconds}
             timings = {phase: 1000 * seconds.get(phase, 0.0) for phase in Timings.model_fields}
             response = PredictResponse(

@@ -84,11 +84,6 @@ class Queue:
     def __len__(self) -> int:
         return len(self._line)
 
-    def oldest_wait(self) -> float:
-        """Seconds that the first in line has waited; 0 where nobody does."""
-        with self._changed:
-            return time.perf_counter() - self._line[0].submitted if self._line else 0.0
-
     def put(self, request: Waiting) -> None:
         """Adds a request; cancelling its answer takes it out again. Raises EngineStoppedError after ``close``."""
         with self._changed:

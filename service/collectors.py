@@ -9,6 +9,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -22,20 +23,41 @@ _RECENT_SECONDS, _RECENT_MOST = 30.0, 4096
 _LAG_EVERY = 0.05
 
 
-class RecentWaits:
-    """How long the requests of the last half minute have waited; of the latest 4,096 where there were more."""
+class QueueWait:
+    """How long a request waits for the engine: those that were answered in the last half minute (the latest 4,096 where
+    there were more), and those that wait now. ``waiting`` says how many that are."""
 
     def __init__(self) -> None:
-        self._waits: deque[tuple[float, float]] = deque(maxlen=_RECENT_MOST)
+        self.waiting: Callable[[], int] = lambda: 0
+        self._answered: deque[tuple[float, float]] = deque(maxlen=_RECENT_MOST)
+        self._asking: dict[object, float] = {}
+
+    @contextmanager
+    def asking(self) -> Iterator[None]:
+        """Around one request to the engine, from its place in the queue to its answer."""
+        mine = object()
+        self._asking[mine] = time.monotonic()
+        try:
+            yield
+        finally:
+            del self._asking[mine]
 
     def add(self, seconds: float) -> None:
-        """One request has waited so long."""
-        self._waits.append((time.monotonic(), seconds))
+        """One that has been answered waited so long."""
+        self._answered.append((time.monotonic(), seconds))
 
-    def p95(self) -> float:
-        """Their 95th percentile; 0 where there was none."""
+    def seconds(self) -> float:
+        """What has to be expected: the larger of what it was and what it already is."""
+        return max(self._p95(), self._oldest())
+
+    def _oldest(self) -> float:
+        """The engine takes the oldest first: those that wait are the latest of those that ask."""
+        asked, waiting = list(self._asking.values()), self.waiting()
+        return time.monotonic() - asked[-min(waiting, len(asked))] if asked and waiting else 0.0
+
+    def _p95(self) -> float:
         since = time.monotonic() - _RECENT_SECONDS
-        recent = [seconds for at, seconds in self._waits if at >= since]
+        recent = [seconds for at, seconds in self._answered if at >= since]
         return percentile(recent, 0.95) if recent else 0.0
 
 

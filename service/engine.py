@@ -53,11 +53,6 @@ class Engine:
         """How many requests it has not begun."""
         return len(self._queue)
 
-    @property
-    def oldest_wait(self) -> float:
-        """Seconds that the first of them has waited."""
-        return self._queue.oldest_wait()
-
     async def load(self) -> Loaded:
         """Verifies and loads the bundle and answers once with every defence; only then is the service ready."""
         atexit.register(self.close)

@@ -19,7 +19,7 @@ from mithridate.errors import (
     ImageUnusableError,
 )
 from service.batching import BatchSize
-from service.collectors import RecentWaits
+from service.collectors import QueueWait
 from service.problems import Problem, ShedReason
 from service.queries import Seen
 
@@ -36,6 +36,14 @@ _IMAGE_FAULTS: dict[type[ImageError], str] = {
 }
 """What can be wrong with an image, as the label of it."""
 
+_TURNED_AWAY: dict[str, ShedReason] = {
+    "queue-count": "queue-full",
+    "queue-seconds": "cost",
+    "allowance-requests": "allowance",
+    "allowance-compute": "allowance",
+    "deadline": "deadline",
+}
+
 UNKNOWN = "unknown"
 """The defence of a request that ended before one was chosen."""
 
@@ -45,7 +53,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.waits = RecentWaits()
+        self.waits = QueueWait()
         ProcessCollector(registry=self.registry)
         self._add_requests()
         self._add_answers()
@@ -90,6 +98,7 @@ class Metrics:
             "How long a request waits for the engine: the 95th percentile of the last half minute's, or the age of the "
             "oldest one that waits, whichever is more",
         )
+        self.queue_wait.set_function(self.waits.seconds)
         self.ready = self._gauge("ready", "1 while the service is ready")
         self.loop_lag = self._histogram("loop_lag_seconds", "How late the event loop wakes a sleeper", _LAG_SECONDS)
 
@@ -139,6 +148,10 @@ class Metrics:
         kind = next((kind for fault, kind in _IMAGE_FAULTS.items() if isinstance(problem.__cause__, fault)), None)
         if kind is not None:
             self.decode_errors.labels(kind).inc()
+
+    def turned_away(self, reason: str) -> None:
+        """Records why admission did not let a request in, in admission's own words."""
+        self.shed.labels(_TURNED_AWAY[reason]).inc()
 
     def compared_with_earlier(self, seen: Seen) -> None:
         """Records what telemetry found, in its thread."""

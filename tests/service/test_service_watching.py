@@ -18,7 +18,7 @@ from service_helpers import ServerProcess, Serving, crowd, post, post_json, pred
 from starlette.testclient import TestClient
 from test_service_describe import read_metrics
 
-from service.collectors import RecentWaits, watch_lag
+from service.collectors import QueueWait, watch_lag
 from service.logs import JsonFormatter
 from service.record import REQUEST_ID
 
@@ -85,14 +85,24 @@ def test_the_queue_wait_grows_while_nobody_is_answered(serving: Serving, clean: 
         assert 0.2 <= read_metrics(client)["queue_wait_seconds",] < 60, "it is remembered for a while"
 
 
-def test_recent_waits_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    waits, now = RecentWaits(), 1000.0
+def test_waits_are_forgotten_and_those_that_wait_now_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits, now = QueueWait(), 1000.0
     monkeypatch.setattr("time.monotonic", lambda: now)
     for milliseconds in range(1, 101):
         waits.add(milliseconds / 1000)
-    assert waits.p95() == 0.095
+    assert waits.seconds() == 0.095
     now += 31
-    assert waits.p95() == 0
+    assert waits.seconds() == 0
+    with waits.asking():
+        now += 5
+        with waits.asking():
+            now += 2
+            assert waits.seconds() == 0, "both are being answered"
+            waits.waiting = lambda: 1
+            assert waits.seconds() == 2, "the first is being answered"
+            waits.waiting = lambda: 3
+            assert waits.seconds() == 7
+    assert waits.seconds() == 0
 
 
 def test_images_that_cannot_be_used_are_counted_by_kind(serving: Serving, clean: list[bytes]) -> None:
