@@ -39,7 +39,7 @@ from service.queries import RecentQueries, Yardstick
 
 _WINDOW, _MEMORY = 1000, 64 * 2**20
 _FRACTIONS = (0.25, 0.5, 0.75)
-_ROUNDS = 10
+_ROUNDS = 50
 _ACCOUNTS = 5
 
 

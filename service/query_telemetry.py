@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
-import queue
 import secrets
 import threading
 import time
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,8 +23,12 @@ from service.settings import Settings
 
 logger = logging.getLogger("mithridate.telemetry")
 
-_BACKLOG = 256
-"""Requests that may wait to be compared; telemetry that is further behind leaves requests out, and counts them."""
+_EVERY_SECONDS, _PUBLISHED_EVERY = 0.25, 8
+_PENDING_BYTES = 16 * 2**20
+"""Of embeddings that wait to be compared; what comes when there are more is left out, and counted."""
+
+_ROWS = 256
+"""Compared at once: with a thousand earlier ones a megabyte of distances."""
 
 _RATED_AT_LEAST = 50
 _RECENT_SECONDS = 300.0
@@ -37,62 +43,94 @@ class Asker:
     address: str
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Answered:
+    bundle: Bundle
+    asker: Asker
+    client: str
+    embeddings: NDArray[np.float32]
+
+
 class QueryTelemetry:
     """Counts near-duplicate queries a client, and warns once a minute of a client that sends many."""
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self._settings, self._metrics = settings, metrics
-        self._inbox: queue.Queue[tuple[Bundle, Asker, NDArray[np.float32]] | None] = queue.Queue(_BACKLOG)
+        self._pending: deque[_Answered] = deque()
+        self._pending_bytes = 0
         self._digest: str | None = None
         self._recent: RecentQueries | None = None
         self._lock = threading.Lock()
         self._warned: dict[str, float] = {}
         self._warned_last = float("-inf")
         self._salt = secrets.token_bytes(16)
+        self._closing = threading.Event()
         self._thread = threading.Thread(target=self._work, name="query-telemetry", daemon=True)
-        metrics.near_duplicate_rate.set_function(self._highest_rate)
         self._thread.start()
 
     def saw(self, bundle: Bundle, asker: Asker, images: int, embeddings: torch.Tensor | None) -> None:
-        """Hands over the ``embeddings`` ``[N, D]`` of an answered request; never waits."""
-        if embeddings is not None and self._thread.is_alive():
-            try:
-                self._inbox.put_nowait((bundle, asker, embeddings.numpy()))
-                return
-            except queue.Full:
-                pass
-        self._metrics.not_compared.inc(images)
+        """Notes the ``embeddings`` ``[N, D]`` of an answered request; never waits. For the event loop's thread only."""
+        if embeddings is None or self._pending_bytes + embeddings.nbytes > _PENDING_BYTES:
+            self._metrics.not_compared.inc(images)
+            return
+        client = f"key {asker.key_id}" if asker.key_id is not None else f"address {asker.address}"
+        found = _Answered(bundle=bundle, asker=asker, client=client, embeddings=embeddings.numpy())
+        self._pending_bytes += embeddings.nbytes
+        self._pending.append(found)
 
     def flush(self) -> None:
-        """Returns when all that was handed over has been compared."""
-        self._inbox.join()
+        """Compares, in the caller's thread, all that was noted before, and says what came out."""
+        self._drain()
+        self._publish()
+
+    def _drain(self) -> None:
+        with self._lock:
+            taken = [self._pending.popleft() for _ in range(len(self._pending))]
+            self._pending_bytes = 0  # at worst a little more than allowed is noted meanwhile
+            together: dict[tuple[str, str], list[_Answered]] = {}
+            for answered in taken:
+                together.setdefault((answered.bundle.digest, answered.client), []).append(answered)
+            for answers in together.values():
+                try:
+                    self._compare(answers)
+                except Exception:  # telemetry must not end, and must not take the service along
+                    logger.exception("telemetry failed for %d requests", len(answers))
+                    self._metrics.not_compared.inc(sum(len(answered.embeddings) for answered in answers))
 
     def close(self) -> None:
-        """Ends the thread, after what it was handed."""
-        self._inbox.put(None)
+        """Ends the thread, and compares what is left."""
+        self._closing.set()
         self._thread.join()
+        self.flush()
 
     def _work(self) -> None:
-        while (item := self._inbox.get()) is not None:
-            try:
-                self._compare(*item)
-            except Exception:  # telemetry must not end, and must not take the service along
-                logger.exception("telemetry failed for one request")
-                self._metrics.not_compared.inc(len(item[2]))
-            finally:
-                self._inbox.task_done()
-        self._inbox.task_done()
+        # Not woken by each request: it would ask for the interpreter just when the answer is sent.
+        for turn in itertools.count():
+            if self._closing.wait(_EVERY_SECONDS):
+                return
+            self._drain()
+            if turn % _PUBLISHED_EVERY == 0:
+                self._publish()
 
-    def _compare(self, bundle: Bundle, asker: Asker, embeddings: NDArray[np.float32]) -> None:
-        client = f"key {asker.key_id}" if asker.key_id is not None else f"address {asker.address}"
-        now = time.monotonic()
+    def _publish(self) -> None:
+        """Not when Prometheus asks: that is the event loop's time."""
         with self._lock:
-            if self._recent is None or self._digest != bundle.digest:
-                self._recent, self._digest = self._begin(bundle), bundle.digest
-            seen = self._recent.add(client, embeddings, now=now)
-        self._metrics.compared_with_earlier(seen)
-        if seen.rated >= _RATED_AT_LEAST and seen.rate >= self._settings.near_duplicate_alert:
-            self._warn(client, asker, seen, now)
+            if self._recent is not None:
+                since = time.monotonic() - _RECENT_SECONDS
+                rate = self._recent.highest_rate(since=since, at_least=_RATED_AT_LEAST)
+                self._metrics.near_duplicate_rate.set(rate)
+
+    def _compare(self, answers: Sequence[_Answered]) -> None:
+        """What one client has sent since the last time."""
+        bundle, asker, client = answers[0].bundle, answers[0].asker, answers[0].client
+        if self._recent is None or self._digest != bundle.digest:
+            self._recent, self._digest = self._begin(bundle), bundle.digest
+        now, embeddings = time.monotonic(), np.concatenate([answered.embeddings for answered in answers])
+        for start in range(0, len(embeddings), _ROWS):
+            seen = self._recent.add(client, embeddings[start : start + _ROWS], now=now)
+            self._metrics.compared_with_earlier(seen)
+            if seen.rated >= _RATED_AT_LEAST and seen.rate >= self._settings.near_duplicate_alert:
+                self._warn(client, asker, seen, now)
 
     def _begin(self, bundle: Bundle) -> RecentQueries:
         """Anew for every bundle: embeddings of two networks cannot be compared."""
@@ -118,9 +156,3 @@ class QueryTelemetry:
         if self._settings.log_client_address:
             return address
         return "anonymous-" + hashlib.blake2b(address.encode(), key=self._salt, digest_size=4).hexdigest()
-
-    def _highest_rate(self) -> float:
-        with self._lock:
-            if self._recent is None:
-                return 0.0
-            return self._recent.highest_rate(since=time.monotonic() - _RECENT_SECONDS, at_least=_RATED_AT_LEAST)
