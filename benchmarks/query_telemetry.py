@@ -49,7 +49,7 @@ def main(
     images: int = 20,
     queries: int = 200,
     epsilon: Annotated[list[str] | None, typer.Option()] = None,
-    requests: int = 1000,
+    requests: int = 600,
     data_root: Path | None = None,
     name: str = "query-telemetry",
 ) -> None:
@@ -183,29 +183,24 @@ def _compare(dimension: int) -> dict[str, Any]:
 
 
 def _cost(bundle: Path, files: Sequence[bytes], requests: int) -> dict[str, Any]:
-    """Milliseconds a request as a client sees them, and the server's memory after all of them."""
+    """Milliseconds a request as a client sees them and of the server's CPUs, and its memory after all of them."""
     latencies: dict[str, list[float]] = {"without": [], "with": []}
-    memory = {}
     with ExitStack() as stack:
         clients = {kind: stack.enter_context(_service(bundle, kind == "with")) for kind in latencies}
         for client in clients.values():
             _ask(client, files, 50)
+        before = {kind: _process(client) for kind, client in clients.items()}
         for number in range(_ROUNDS):
             for kind in list(latencies)[:: 1 if number % 2 else -1]:
                 latencies[kind] += _ask(clients[kind], files, requests // _ROUNDS)
-        for kind, client in clients.items():
-            line = next(
-                line
-                for line in client.get("/metrics").text.splitlines()
-                if line.startswith("process_resident_memory_bytes")
-            )
-            memory[kind] = float(line.split()[1])
+        found = {kind: _process(client) for kind, client in clients.items()}
     return {
         kind: {
             "p50_ms": percentile(values, 0.5),
             "p99_ms": percentile(values, 0.99),
             "requests": len(values),
-            "resident_mb": memory[kind] / 2**20,
+            "cpu_ms": 1000 * (found[kind]["cpu_seconds_total"] - before[kind]["cpu_seconds_total"]) / len(values),
+            "resident_mb": found[kind]["resident_memory_bytes"] / 2**20,
         }
         for kind, values in latencies.items()
     }
@@ -216,6 +211,12 @@ def _service(bundle: Path, telemetry: bool) -> Iterator[httpx2.Client]:
     os.environ["MITHRIDATE_QUERY_TELEMETRY"] = str(telemetry).lower()
     with running_service(bundle, 0) as url, httpx2.Client(base_url=url, timeout=60) as client:
         yield client
+
+
+def _process(client: httpx2.Client) -> dict[str, float]:
+    """What the server says of its own process."""
+    lines = [line.split() for line in client.get("/metrics").text.splitlines() if line.startswith("process_")]
+    return {name.removeprefix("process_"): float(value) for name, value in lines}
 
 
 def _ask(client: httpx2.Client, files: Sequence[bytes], count: int) -> list[float]:
