@@ -3,13 +3,12 @@
     python -m benchmarks.query_telemetry [BUNDLE DATASET] [--images 20 --queries 200 --epsilon 8/255 ...]
 
 Without a bundle, the digits one of ``make demo`` is built. Detection runs in this process, with the service's own
-``RecentQueries``: each attacked image is one client's. Costs are those of a running service, one client, one image a
-request, defence ``none``: two services, with and without telemetry, take turns.
+``RecentQueries``: each attacked image is one client's. Costs are those of the whole application, one client, one image
+a request, defence ``none``: two of them, with and without telemetry, take turns.
 """
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -17,13 +16,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
-import httpx2
 import numpy as np
 import torch
 import typer
+from starlette.testclient import TestClient
 
 from benchmarks import results
-from cli.demo import run_command, running_service
+from cli.demo import run_command
 from cli.options import load_data
 from cli.output import print_table
 from mithridate.attacks.black_box import Square
@@ -35,7 +34,9 @@ from mithridate.defenses import Resources, build_defence
 from mithridate.evaluation import percentile
 from mithridate.images import encode_png
 from mithridate.types import Epsilon, Pixels, to_images
+from service.app import create_app
 from service.queries import RecentQueries, Yardstick
+from service.settings import load_settings
 
 _WINDOW, _MEMORY = 1000, 64 * 2**20
 _FRACTIONS = (0.25, 0.5, 0.75)
@@ -183,53 +184,53 @@ def _compare(dimension: int) -> dict[str, Any]:
 
 
 def _cost(bundle: Path, files: Sequence[bytes], requests: int) -> dict[str, Any]:
-    """Milliseconds a request as a client sees them and of the server's CPUs, and its memory after all of them."""
+    """Milliseconds a request: from sending to the answer, and of all CPUs, telemetry's own thread included.
+
+    Two whole applications in this process, without sockets: their CPU time does not depend on who else is on the
+    machine, as the other does.
+    """
     latencies: dict[str, list[float]] = {"without": [], "with": []}
+    cpu = dict.fromkeys(latencies, 0.0)
     with ExitStack() as stack:
         clients = {kind: stack.enter_context(_service(bundle, kind == "with")) for kind in latencies}
         for client in clients.values():
             _ask(client, files, 50)
-        before = {kind: _process(client) for kind, client in clients.items()}
         for number in range(_ROUNDS):
             for kind in list(latencies)[:: 1 if number % 2 else -1]:
+                started = time.process_time()
                 latencies[kind] += _ask(clients[kind], files, requests // _ROUNDS)
-        found = {kind: _process(client) for kind, client in clients.items()}
+                cpu[kind] += time.process_time() - started
     return {
         kind: {
             "p50_ms": percentile(values, 0.5),
             "p99_ms": percentile(values, 0.99),
             "requests": len(values),
-            "cpu_ms": 1000 * (found[kind]["cpu_seconds_total"] - before[kind]["cpu_seconds_total"]) / len(values),
-            "resident_mb": found[kind]["resident_memory_bytes"] / 2**20,
+            "cpu_ms": 1000 * cpu[kind] / len(values),
         }
         for kind, values in latencies.items()
     }
 
 
 @contextmanager
-def _service(bundle: Path, telemetry: bool) -> Iterator[httpx2.Client]:
-    os.environ["MITHRIDATE_QUERY_TELEMETRY"] = str(telemetry).lower()
-    with running_service(bundle, 0) as url, httpx2.Client(base_url=url, timeout=60) as client:
+def _service(bundle: Path, telemetry: bool) -> Iterator[TestClient]:
+    settings = load_settings(bundle=bundle, offer=("none",), defense="none", query_telemetry=telemetry)
+    with TestClient(create_app(settings)) as client:
+        while client.get("/readyz").status_code != 200:
+            time.sleep(0.05)
         yield client
 
 
-def _process(client: httpx2.Client) -> dict[str, float]:
-    """What the server says of its own process."""
-    lines = [line.split() for line in client.get("/metrics").text.splitlines() if line.startswith("process_")]
-    return {name.removeprefix("process_"): float(value) for name, value in lines}
-
-
-def _ask(client: httpx2.Client, files: Sequence[bytes], count: int) -> list[float]:
+def _ask(client: TestClient, files: Sequence[bytes], count: int) -> list[float]:
+    """What ``count`` requests take, one after the other; then telemetry compares what they have left it."""
     taken = []
     for number in range(count):
         started = time.perf_counter()
-        answer = client.post(
-            "/v1/predict?defense=none",
-            content=files[number % len(files)],
-            headers={"Content-Type": "image/png"},
-        )
+        answer = client.post("/v1/predict", content=files[number % len(files)], headers={"Content-Type": "image/png"})
         taken.append(1000 * (time.perf_counter() - started))
         answer.raise_for_status()
+    app: Any = client.app
+    if app.state.service.watching.telemetry is not None:
+        app.state.service.watching.telemetry.flush()
     return taken
 
 

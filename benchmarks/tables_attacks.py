@@ -58,12 +58,11 @@ def near_duplicates(content: dict[str, Any]) -> Iterator[str]:
         ],
     )
     yield from table(
-        ["telemetry, one client, `none`", "CPU ms a request", "p50 ms", "p99 ms", "resident MB", "requests"],
+        ["telemetry, one client, `none`", "CPU ms a request", "p50 ms", "p99 ms", "requests"],
         [
             [
                 kind,
                 *(f"{row[key]:.2f}" for key in ("cpu_ms", "p50_ms", "p99_ms")),
-                f"{row['resident_mb']:.0f}",
                 f"{row['requests']:,}",
             ]
             for kind, row in content["cost"].items()
