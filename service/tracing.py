@@ -6,7 +6,9 @@ environment variables (``OTEL_EXPORTER_OTLP_ENDPOINT``, ``OTEL_TRACES_SAMPLER`` 
 
 from __future__ import annotations
 
+import logging
 import os
+import threading
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol
@@ -22,6 +24,10 @@ from service.settings import Settings
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
 
+logger = logging.getLogger("mithridate.service")
+
+_LAST_SPANS_SECONDS = 3.0
+
 _UNTRACED = ("/livez", "/readyz", "/metrics", "/v2/health/")
 """Asked every few seconds by machines."""
 
@@ -32,7 +38,7 @@ class Tracing(Protocol):
     def request(self, scope: Scope, record: Record, *, status: int, started: float, ended: float) -> None: ...
 
     def close(self) -> None:
-        """Sends what is not sent yet. May take seconds."""
+        """Sends what is not sent yet; gives up after a few seconds."""
         ...
 
 
@@ -61,7 +67,7 @@ def make_tracing(settings: Settings) -> Tracing:
         ) from error
     named = "OTEL_SERVICE_NAME" in os.environ or SERVICE_NAME in os.environ.get("OTEL_RESOURCE_ATTRIBUTES", "")
     own = {SERVICE_VERSION: __version__} | ({} if named else {SERVICE_NAME: "mithridate"})
-    provider = TracerProvider(resource=Resource.create(own))
+    provider = TracerProvider(resource=Resource.create(own), shutdown_on_exit=False)  # close() does, and not for long
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     return OpenTelemetryTracing(provider)
 
@@ -113,7 +119,12 @@ class OpenTelemetryTracing:
         span.end(now + round(1e9 * ended))
 
     def close(self) -> None:
-        self._provider.shutdown()
+        # A collector that does not answer is tried again for half a minute, which a service that stops does not have.
+        sending = threading.Thread(target=self._provider.shutdown, name="last-spans", daemon=True)
+        sending.start()
+        sending.join(_LAST_SPANS_SECONDS)
+        if sending.is_alive():
+            logger.warning("the last traces were not sent: no collector has taken them in %g s", _LAST_SPANS_SECONDS)
 
 
 def _phases(record: Record) -> Iterator[tuple[str, float, float]]:

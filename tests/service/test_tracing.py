@@ -7,6 +7,7 @@ import gzip
 import itertools
 import runpy
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -16,6 +17,7 @@ from service_helpers import Serving, post
 
 import service.tracing
 from mithridate.errors import OptionError
+from service.record import Record
 from service.settings import load_settings
 from service.tracing import NoTracing, make_tracing
 
@@ -139,3 +141,18 @@ def test_a_parent_that_is_no_parent_begins_a_trace(
         client.get("/v1/nowhere/secret-in-a-path")
     names = {span.name for span in collector.spans}
     assert names == {"GET /v1/bundle", "GET"}, "what a client makes up does not name a span"
+
+
+def test_a_collector_that_is_gone_does_not_hold_up_the_end(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("opentelemetry.exporter.otlp.proto.http", reason="the extra otel is not installed")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(service.tracing, "_LAST_SPANS_SECONDS", 0.3)
+    tracing = make_tracing(load_settings(bundle="b", otel=True))
+    scope = {"type": "http", "method": "GET", "path": "/v1/bundle", "headers": [], "state": {"request_id": "a"}}
+    tracing.request(scope, Record(), status=200, started=time.perf_counter(), ended=time.perf_counter())
+    started = time.perf_counter()
+    tracing.close()
+    assert time.perf_counter() - started < 3
+    assert "were not sent" in caplog.text
