@@ -38,6 +38,15 @@ def extras(content: dict[str, Any]) -> Iterator[str]:
         yield f"\n{extra['note']}"
 
 
+_COSTS = {
+    "cpu_ms": "CPU ms a request",
+    "p50_ms": "p50 ms",
+    "p99_ms": "p99 ms",
+    "resident_mb": "resident MB",
+    "requests": "requests",
+}
+
+
 def near_duplicates(content: dict[str, Any]) -> Iterator[str]:
     """``query_telemetry``."""
     yield (
@@ -57,16 +66,10 @@ def near_duplicates(content: dict[str, Any]) -> Iterator[str]:
             for row in content["near_duplicates"]
         ],
     )
+    columns = [key for key in _COSTS if key in content["cost"]["with"]]
     yield from table(
-        ["telemetry, one client, `none`", "CPU ms a request", "p50 ms", "p99 ms", "requests"],
-        [
-            [
-                kind,
-                *(f"{row[key]:.2f}" for key in ("cpu_ms", "p50_ms", "p99_ms")),
-                f"{row['requests']:,}",
-            ]
-            for kind, row in content["cost"].items()
-        ],
+        ["telemetry, one client, `none`", *(_COSTS[key] for key in columns)],
+        [[kind, *(f"{row[key]:,.5g}" for key in columns)] for kind, row in content["cost"].items()],
     )
     yield from table(
         ["numbers in an embedding", "us to compare one image", "kB a client"],
