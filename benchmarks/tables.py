@@ -288,6 +288,7 @@ _KINDS: tuple[_Kind, ...] = (
     (lambda content: "bare_seconds" in content, tables_attacks.cost),
     (lambda content: "extras" in content, tables_attacks.extras),
     (lambda content: "fuzzed" in content, _fuzz),
+    (lambda content: "near_duplicates" in content, tables_attacks.near_duplicates),
 )
 
 

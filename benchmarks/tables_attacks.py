@@ -36,3 +36,45 @@ def extras(content: dict[str, Any]) -> Iterator[str]:
             ],
         )
         yield f"\n{extra['note']}"
+
+
+_COSTS = {
+    "cpu_ms": "CPU ms a request",
+    "p50_ms": "p50 ms",
+    "p99_ms": "p99 ms",
+    "resident_mb": "resident MB",
+    "requests": "requests",
+}
+
+
+def near_duplicates(content: dict[str, Any]) -> Iterator[str]:
+    """``query_telemetry``."""
+    yield (
+        f"\nBase model, {content['dataset']}; Square on {content['attacked']} images, {content['budget']} queries each;"
+        f" the latest {content['window']:,} are compared"
+    )
+    yield from table(
+        ["traffic", "fraction", "images", "near, %", "identical, %", "clients warned of"],
+        [
+            [
+                row["traffic"],
+                str(row["fraction"]),
+                f"{row['queries']:,}",
+                *(f"{100 * row[key] / row['queries']:.1f}" for key in ("near", "identical")),
+                f"{row['warned']} of {row['clients']}",
+            ]
+            for row in content["near_duplicates"]
+        ],
+    )
+    columns = [key for key in _COSTS if key in content["cost"]["with"]]
+    yield from table(
+        ["telemetry, one client, `none`", *(_COSTS[key] for key in columns)],
+        [[kind, *(f"{row[key]:,.5g}" for key in columns)] for kind, row in content["cost"].items()],
+    )
+    yield from table(
+        ["numbers in an embedding", "us to compare one image", "kB a client"],
+        [
+            [f"{row['dimension']:,}", f"{row['us']:.0f}", f"{row['client_bytes'] / 1024:,.0f}"]
+            for row in content["compare"]
+        ],
+    )

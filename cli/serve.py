@@ -45,6 +45,10 @@ def serve(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="One seed for all requests; for tests only")] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error (default: info)")] = None,
+    log_format: Annotated[str | None, typer.Option(help="text, or json: one object a line (default: text)")] = None,
+    otel: Annotated[
+        bool | None, typer.Option("--otel", help="Send OpenTelemetry traces, as the OTEL_* variables say")
+    ] = None,
 ) -> None:
     """Serve a bundle over HTTP. Every setting is also an environment variable, MITHRIDATE_ and its name."""
     from service.server import serve as run
@@ -72,5 +76,7 @@ def serve(
             drain_seconds=drain_seconds,
             seed=seed,
             log_level=log_level,
+            log_format=log_format,
+            otel=otel,
         )
     )

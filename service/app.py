@@ -22,13 +22,14 @@ from service.admin import add_admin
 from service.batching import Answer, EngineStoppedError
 from service.body_memory import BodyMemoryMiddleware
 from service.bundles import Bundles
+from service.collectors import watch_lag
 from service.decode_pool import DecodePool
 from service.engines import AnyEngine
 from service.loading import Loaded, Named
-from service.metrics import Metrics
-from service.middleware import RequestIdMiddleware
+from service.middleware import RequestMiddleware
 from service.openapi import PREDICT_ANSWER, PREDICT_BODY, PREDICT_ERRORS, responses
-from service.problems import Problem, request_id, to_problem
+from service.problems import Problem, ShedReason, request_id, to_problem
+from service.record import Record
 from service.reports import report_bundle, report_images
 from service.schemas import (
     BatchReport,
@@ -42,6 +43,7 @@ from service.schemas import (
 )
 from service.settings import Settings
 from service.uploads import Upload, decode_upload, read_upload
+from service.watching import Watching
 
 logger = logging.getLogger("mithridate.service")
 
@@ -52,7 +54,8 @@ class Service:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.bundles = Bundles(settings)
-        self.metrics = Metrics()
+        self.watching = Watching(settings, loaded=lambda: self.engine.loaded)
+        self.metrics = self.watching.metrics
         self.decoders = DecodePool(max_pixels=settings.max_decoding_pixels)
         self.draining = False
         self.failure: str | None = None
@@ -63,6 +66,8 @@ class Service:
         self.bundles.on_batch = self.metrics.ran
         self.bundles.on_death = self._die
         self.metrics.waiting.set_function(lambda: self.engine.waiting)
+        self.metrics.waits.waiting = lambda: self.engine.waiting
+        self.metrics.backlog.set_function(lambda: self._in_flight * self.engine.service_seconds)
 
     @property
     def engine(self) -> AnyEngine:
@@ -103,6 +108,7 @@ class Service:
         """Ends the engines and the threads."""
         await self.bundles.end()
         await asyncio.to_thread(self.decoders.shutdown)
+        await asyncio.to_thread(self.watching.close)
 
     def require_loaded(self, engine: AnyEngine | None = None) -> Loaded[Any]:
         """What is served, or what ``engine`` serves. Raises Problem 503 while there is nothing."""
@@ -112,7 +118,8 @@ class Service:
             detail = "still loading the bundle"
             if self.failure or self.draining:
                 detail = "the bundle cannot be served" if self.failure else "draining"
-            raise Problem(503, detail, headers={"Retry-After": "1"})
+            reason: ShedReason = "draining" if self.draining else "not-ready"
+            raise Problem(503, detail, headers={"Retry-After": "1"}, reason=reason)
         return loaded
 
     async def predict(self, request: Request, options: PredictOptions) -> PredictResponse:
@@ -122,51 +129,46 @@ class Service:
     async def answer(self, request: Request, read: Callable[[], Awaitable[Upload]]) -> PredictResponse:
         """What every protocol answers with: admits the request, lets ``read`` take its body, decodes, and runs the
         defence. Raises Problem."""
-        with self.bundles.use() as engine:  # all of it from one bundle, also where another goes live meanwhile
-            return await self._answer_from(engine, request, read)
+        with self.watching.outcome(request) as record, self.bundles.use() as engine:
+            # All of it from one bundle, also where another goes live meanwhile.
+            return await self._answer_from(engine, request, read, record)
 
     async def _answer_from(
-        self, engine: AnyEngine, request: Request, read: Callable[[], Awaitable[Upload]]
+        self, engine: AnyEngine, request: Request, read: Callable[[], Awaitable[Upload]], record: Record
     ) -> PredictResponse:
         started = time.perf_counter()
         loaded = self.require_loaded(engine)
         self._admit()
-        name = "unknown"
         try:
             upload = await self._read(read)
             options = upload.options
             defence = self._choose(loaded, options)
-            name, manifest = defence.name, loaded.bundle.manifest
+            record.defense, manifest = defence.name, loaded.bundle.manifest
             deadline_ms = min(options.deadline_ms or math.inf, self.settings.deadline_ms)
             deadline = time.monotonic() + deadline_ms / 1000 - (time.perf_counter() - started)
             decoding = time.perf_counter()
             pixels = await decode_upload(upload.files, manifest, self.settings, self.decoders)
             decoded = time.perf_counter()
-            answer = await self._ask(engine, request, defence, pixels, deadline)
+            with self.metrics.waits.asking():
+                answer = await self._ask(engine, request, defence, pixels, deadline)
             seconds = {"queue": answer.queue_seconds, "decode": decoded - decoding, **answer.prediction.seconds}
             timings = {phase: 1000 * seconds.get(phase, 0.0) for phase in Timings.model_fields}
             response = PredictResponse(
                 id=request_id(request),
                 bundle=BundleRef(name=manifest.name, digest=loaded.bundle.digest),
-                defense=name,
+                defense=defence.name,
                 predictions=report_images(manifest, loaded.resources.exemplars, answer.prediction, options),
                 batch=BatchReport(requests=answer.batch.requests, images=answer.batch.images),
                 timings_ms=Timings(**{**timings, "total": 1000 * (time.perf_counter() - started)}),
             )
-            self.metrics.answered(name, answer.prediction, response.timings_ms.model_dump())
+            taken = response.timings_ms.model_dump()
+            self.watching.answered(request, loaded.bundle, answer, decoding=decoding, timings_ms=taken)
             return response
-        except Problem as problem:
-            self.metrics.refused(problem.status, name)
-            raise
-        except Exception:
-            self.metrics.refused(500, name)
-            raise
         finally:
             self._count(-1)
 
     def _admit(self) -> None:
         if self._in_flight >= self.settings.queue_size:
-            self.metrics.refused(429, "unknown")
             raise self._full(self._in_flight)
         self._count(1)
 
@@ -190,7 +192,8 @@ class Service:
 
     def _full(self, waiting: int) -> Problem:
         wait = max(1, math.ceil(waiting * self.engine.service_seconds))
-        return Problem(429, f"{waiting} requests are waiting already", headers={"Retry-After": str(wait)})
+        detail = f"{waiting} requests are waiting already"
+        return Problem(429, detail, headers={"Retry-After": str(wait)}, reason="queue-full")
 
     @staticmethod
     def _choose(loaded: Loaded[Any], options: PredictOptions) -> Named:
@@ -208,13 +211,14 @@ class Service:
             async with asyncio.timeout(max(0.0, deadline - time.monotonic())):  # also while others have the engine
                 return await engine.predict(defence, pixels, deadline=deadline, cancelled=cancelled)
         except TimeoutError as error:
-            raise Problem(504, "the deadline passed before there was an answer") from error
+            raise Problem(504, "the deadline passed before there was an answer", reason="deadline") from error
         except BudgetExceededError as error:
-            detail = "the deadline passed" if error.reason == "deadline" else "the client left"
-            raise Problem(504, f"{detail} before there was an answer") from error
+            if error.reason == "deadline":
+                raise Problem(504, "the deadline passed before there was an answer", reason="deadline") from error
+            raise Problem(504, "the client left before there was an answer") from error
         except EngineStoppedError as error:
             said = "the service stopped before there was an answer"
-            raise Problem(503, said, headers={"Retry-After": "1"}) from error
+            raise Problem(503, said, headers={"Retry-After": "1"}, reason="draining") from error
         except MithridateError as error:
             raise to_problem(error) from error
         finally:
@@ -238,12 +242,14 @@ def create_app(settings: Settings) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         loading = asyncio.create_task(service.load())
+        lag = asyncio.create_task(watch_lag(service.metrics.loop_lag.observe))
         try:
             yield
         finally:
             service.drain()
             loading.cancel()
-            await asyncio.wait([loading])
+            lag.cancel()
+            await asyncio.wait([loading, lag])
             await service.close()
 
     app = FastAPI(
@@ -258,7 +264,9 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.service = service
     problems.install(app)
     app.add_middleware(BodyMemoryMiddleware, max_bytes=settings.max_buffered_bytes)
-    app.add_middleware(RequestIdMiddleware)
+    app.add_middleware(
+        RequestMiddleware, tracing=service.watching.tracing, log_client_address=settings.log_client_address
+    )
     _add_predict(app, service)
     _add_descriptions(app, service)
     _add_health(app, service)

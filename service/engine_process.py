@@ -40,10 +40,20 @@ _MAIN = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from service.engine_worker import main; main(int(sys.argv[2]))"
 )
-_NEEDED = ("bundle", "defense", "offer", "arch", "device", "threads", "max_batch_images", "seed", "log_level")
+_NEEDED = (
+    "bundle",
+    "defense",
+    "offer",
+    "arch",
+    "device",
+    "threads",
+    "max_batch_images",
+    "seed",
+    "log_level",
+    "log_format",
+)
 """The settings that an engine looks at. What else there is, keys among it, is not sent."""
 
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 _READ_AHEAD = 2**20
 _LAST_SECONDS = 20.0
 """So long a process that was told to close may take for the step it is in; then it is killed."""
@@ -290,7 +300,7 @@ async def _spawn(settings: Settings) -> _Child:
     reader, writer = await asyncio.open_connection(sock=ours, limit=_READ_AHEAD)
     logger.info("engine process %d for %s", process.pid, settings.device)
     hello = settings.model_dump(mode="json", include=set(_NEEDED), exclude_unset=True)
-    writer.writelines(encode({"log_level": settings.log_level, "log_format": LOG_FORMAT, "settings": hello}))
+    writer.writelines(encode({"settings": hello}))
     return _Child(process=process, reader=reader, writer=writer)
 
 

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 from mithridate.defenses import Budget, Defence
 from mithridate.errors import BudgetExceededError, MithridateError
+from service import logs
 from service.batching import Answer, BatchSize, EngineStoppedError, Waiting
 from service.engine import Engine
 from service.loading import Loaded
@@ -58,8 +59,9 @@ class _Worker:
         hello = self._read()
         if hello is None:
             return
-        logging.basicConfig(level=hello["log_level"].upper(), format=hello["log_format"])
-        self._engine = Engine(Settings(**hello["settings"]))
+        settings = Settings(**hello["settings"])
+        logs.configure(settings)
+        self._engine = Engine(settings)
         self._engine.on_batch = self._ran
         self._engine.on_begin = self._begin
         self._engine.on_death = self._die

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -19,15 +19,28 @@ logger = logging.getLogger("mithridate.service")
 
 MEDIA_TYPE = "application/problem+json"
 
+ShedReason = Literal["queue-full", "cost", "allowance", "not-ready", "draining", "deadline"]
+
 
 class Problem(Exception):
-    """An answer that is an error: HTTP ``status``, one sentence of ``detail``."""
+    """An answer that is an error: HTTP ``status``, one sentence of ``detail``.
 
-    def __init__(self, status: int, detail: str, *, headers: Mapping[str, str] | None = None) -> None:
+    ``reason``: why a request that was well-formed is not answered, for the metrics; it goes to no client.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        detail: str,
+        *,
+        headers: Mapping[str, str] | None = None,
+        reason: ShedReason | None = None,
+    ) -> None:
         super().__init__(detail)
         self.status = status
         self.detail = detail
         self.headers = dict(headers or {})
+        self.reason = reason
 
 
 STATUS_OF: tuple[tuple[type[errors.MithridateError], int], ...] = (

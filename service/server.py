@@ -13,9 +13,9 @@ import uvicorn
 
 from mithridate.bundle import Bundle
 from mithridate.errors import OptionError
+from service import logs
 from service.app import Service, create_app
 from service.connections import connection_options
-from service.engine_process import LOG_FORMAT
 from service.settings import Settings
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -28,7 +28,7 @@ def serve(settings: Settings) -> None:
     """
     if settings.log_level not in LOG_LEVELS:
         raise OptionError(f"log level {settings.log_level!r} is unknown; allowed: {', '.join(LOG_LEVELS)}")
-    logging.basicConfig(level=settings.log_level.upper(), format=LOG_FORMAT)
+    logs.configure(settings)
     Bundle.open(settings.bundle, verify=False)  # a wrong path is said before anything is started
     listener = _bind(settings)
     app = create_app(settings.model_copy(update={"isolation": settings.isolation or "process"}))

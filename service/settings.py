@@ -90,6 +90,22 @@ class Settings(BaseSettings):
     """Whether /docs and /openapi.json are served."""
     log_level: str = "info"
     """debug, info, warning or error."""
+    log_format: Literal["text", "json"] = "text"
+    """Lines for people, or one JSON object a line."""
+    log_client_address: bool = False
+    """Whether logs may name a client's network address."""
+    otel: bool = False
+    """Send OpenTelemetry traces (needs the extra ``otel``); where to, OpenTelemetry's own variables say."""
+    query_telemetry: bool = True
+    """Count queries that lie close to earlier ones of the same client. It changes no answer."""
+    query_window: Annotated[int, Field(ge=10, le=100_000)] = 1000
+    """A client's latest images that a new one is compared with."""
+    query_memory_mb: Annotated[int, Field(ge=1)] = 64
+    """Megabytes for all clients' latest images; whoever was silent for longest is forgotten first."""
+    near_duplicate_distance: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """What counts as close: below this share of the usual distance between an exemplar and the nearest other one."""
+    near_duplicate_alert: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """The share of a client's latest 100 images that must be close for a warning in the log."""
 
     @property
     def offer_is_explicit(self) -> bool:

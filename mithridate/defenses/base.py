@@ -17,7 +17,7 @@ from mithridate.exemplars import ExemplarStore
 from mithridate.models import PRM, Classifier
 from mithridate.neighbors import NeighborIndex, Neighbors
 from mithridate.tuning import read_tuning
-from mithridate.types import Images, Logits, Scores
+from mithridate.types import Embeddings, Images, Logits, Scores
 
 StopReason = Literal["converged", "patience", "max_steps", "deadline", "cancelled"]
 Interruption = Literal["deadline", "cancelled"]
@@ -134,6 +134,8 @@ class Prediction:
     ``scores`` and ``base_scores`` (the undefended model's) are ``[N, C]``; ``adaptations`` and ``neighborhoods`` have
     one entry an image, None where the defence does not adapt or has no neighbours; ``seconds`` by phase.
     ``abstained`` bool ``[N]``: the scores are there, but the defence does not stand by them; None where it never does.
+    ``embeddings`` float32 ``[N, D]`` on the CPU: the base model's, of the images as they came; None where the defence
+    would have to compute them for nothing else.
     """
 
     scores: Scores
@@ -142,6 +144,7 @@ class Prediction:
     neighborhoods: tuple[Neighborhood | None, ...]
     seconds: dict[str, float]
     abstained: torch.Tensor | None = None
+    embeddings: Embeddings | None = None
 
     def rows(self, start: int, stop: int) -> Prediction:
         """The answer for the images ``start`` to ``stop``; the seconds stay those of the whole."""
@@ -152,6 +155,7 @@ class Prediction:
             neighborhoods=self.neighborhoods[start:stop],
             seconds=dict(self.seconds),
             abstained=None if self.abstained is None else self.abstained[start:stop],
+            embeddings=None if self.embeddings is None else self.embeddings[start:stop],
         )
 
 

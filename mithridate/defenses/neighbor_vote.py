@@ -126,6 +126,7 @@ class NeighborVote:
             adaptations=(None,) * len(batch.images),
             neighborhoods=described,
             seconds=clock.seconds,
+            embeddings=base.embedding.float().cpu(),
         )
 
     def surrogate(self, images: Images, *, generator: torch.Generator, budget: Budget) -> Logits:

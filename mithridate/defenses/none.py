@@ -43,7 +43,8 @@ class NoDefence:
         classifier = self.resources.classifier
         clock = PhaseClock(classifier.device)
         with clock.phase("predict"):
-            scores = base_pass(classifier, batch.images).logits.softmax(1).cpu()
+            base = base_pass(classifier, batch.images)
+            scores = base.logits.softmax(1).cpu()
         nothing = (None,) * len(batch.images)
         return Prediction(
             scores=scores,
@@ -51,6 +52,7 @@ class NoDefence:
             adaptations=nothing,
             neighborhoods=nothing,
             seconds=clock.seconds,
+            embeddings=base.embedding.float().cpu(),
         )
 
     def surrogate(self, images: Images, *, generator: torch.Generator, budget: Budget) -> Logits:

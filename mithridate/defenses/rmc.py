@@ -85,6 +85,7 @@ class RMC:
         with clock.phase("embed"):
             base = base_pass(classifier, batch.images)
             base_scores, images = base.logits.softmax(1).float(), batch.images
+            embeddings = base.embedding.float().cpu()
             draws = self._draws(batch.seeds, images)
             if self.first is not None:
                 owners = {id(budget) for budget in batch.budgets}
@@ -106,6 +107,7 @@ class RMC:
             neighborhoods=described,
             seconds=clock.seconds,
             abstained=abstained,
+            embeddings=embeddings,
         )
 
     def surrogate(self, images: Images, *, generator: torch.Generator, budget: Budget) -> Logits:

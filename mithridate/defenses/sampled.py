@@ -66,14 +66,20 @@ class Sampled:
         classifier = self.resources.classifier
         clock = PhaseClock(classifier.device)
         with clock.phase("embed"):
-            base = base_pass(classifier, batch.images).logits.softmax(1).float().cpu()
+            base = base_pass(classifier, batch.images)
+            base_scores, embeddings = base.logits.softmax(1).float().cpu(), base.embedding.float().cpu()
         with clock.phase("predict"):
             rows = row_seeds(batch.seeds, batch.images)
             images = batch.images if self.first is None else self.first.apply(batch.images, rows, budget)
             scores = self._mean_scores(images, rows, budget).float().cpu()
         nothing = (None,) * len(batch.images)
         return Prediction(
-            scores=scores, base_scores=base, adaptations=nothing, neighborhoods=nothing, seconds=clock.seconds
+            scores=scores,
+            base_scores=base_scores,
+            adaptations=nothing,
+            neighborhoods=nothing,
+            seconds=clock.seconds,
+            embeddings=embeddings,
         )
 
     def _mean_scores(self, images: Images, rows: Sequence[int], budget: Budget) -> Scores:

@@ -213,7 +213,7 @@ class ServerProcess:
     def _await_url(self) -> str:
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline and self.process.poll() is None:
-            found = re.search(r"listening on (http://\S+)", self.log)
+            found = re.search(r"listening on (http://[^\s\"]+)", self.log)
             if found:
                 return found.group(1)
             time.sleep(0.02)

@@ -81,6 +81,11 @@ BAD: dict[str, Any] = {
     "seed": [-1, 2**62],
     "docs": ["perhaps"],
     "offer": [3],
+    "log_format": ["xml"],
+    "query_window": [0, 9],
+    "query_memory_mb": [0],
+    "near_duplicate_distance": [0, 1.1, float("nan")],
+    "near_duplicate_alert": [0, 1.1],
     "spelling": [1],
 }
 
