@@ -25,6 +25,10 @@ def serve(
     arch: shared.ArchOption = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ... (default: cpu)")] = None,
     threads: shared.ThreadsOption = None,
+    keys: Annotated[Path | None, typer.Option(help="File of API keys, made by `mithridate keys new`")] = None,
+    insecure_no_keys: Annotated[
+        bool, typer.Option("--insecure-no-keys", help="Listen beyond loopback without keys, behind a proxy of your own")
+    ] = False,
     max_images: Annotated[int | None, typer.Option(help="Images in one request (default: 64)")] = None,
     max_batch_images: Annotated[
         int | None, typer.Option(help="Images answered together where requests wait (default: 64)")
@@ -53,6 +57,8 @@ def serve(
             arch=arch,
             device=device,
             threads=threads,
+            keys_file=keys,
+            insecure_no_keys=insecure_no_keys or None,
             max_images=max_images,
             max_batch_images=max_batch_images,
             queue_size=queue_size,

@@ -20,8 +20,10 @@ from mithridate.defenses import Defence
 from mithridate.errors import BudgetExceededError, MithridateError
 from mithridate.evaluation.card import Card
 from service import problems
+from service.access import Access
 from service.batching import Answer, EngineStoppedError
 from service.engine import Engine
+from service.keys import Caller, Scope
 from service.loading import Loaded
 from service.metrics import Metrics
 from service.middleware import RequestIdMiddleware
@@ -53,6 +55,7 @@ class Service:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self.access = Access(settings)
         self.engine = Engine(settings)
         self.metrics = Metrics()
         self.decoders = ThreadPoolExecutor(max_workers=_DECODERS, thread_name_prefix="decode")
@@ -106,6 +109,10 @@ class Service:
             raise Problem(503, detail, headers={"Retry-After": "1"})
         return loaded
 
+    def authorize(self, request: Request, *scopes: Scope) -> Caller:
+        """Who asks, who has all of ``scopes``. Raises Problem 401 without a key that is known, 403 without a scope."""
+        return self.access.authorize(request, *scopes)
+
     async def predict(self, request: Request, options: PredictOptions) -> PredictResponse:
         """Reads one request of the native API and answers it."""
         return await self.answer(request, lambda: read_upload(request, options, self.settings))
@@ -114,6 +121,7 @@ class Service:
         """What every protocol answers with: admits the request, lets ``read`` take its body, decodes, and runs the
         defence. Raises Problem."""
         started = time.perf_counter()
+        self.authorize(request, "predict")
         loaded = self.require_loaded()
         self._admit()
         name = "unknown"
@@ -268,14 +276,16 @@ def _add_predict(app: FastAPI, service: Service) -> None:
 
 def _add_descriptions(app: FastAPI, service: Service) -> None:
     @app.get("/v1/bundle", tags=["describe"])
-    async def bundle() -> BundleResponse:
+    async def bundle(request: Request) -> BundleResponse:
         """What is served."""
+        service.authorize(request, "predict")
         loaded = service.require_loaded()
         return report_bundle(loaded.bundle.manifest, loaded.bundle.digest)
 
     @app.get("/v1/defenses", tags=["describe"])
-    async def defenses() -> DefensesResponse:
+    async def defenses(request: Request) -> DefensesResponse:
         """Which defences a request may name."""
+        service.authorize(request, "predict")
         loaded = service.require_loaded()
         listed = [
             DefenseInfo(name=name, description=text, cost=loaded.costs[name])
@@ -284,8 +294,9 @@ def _add_descriptions(app: FastAPI, service: Service) -> None:
         return DefensesResponse(default=loaded.default, defenses=listed)
 
     @app.get("/v1/card", tags=["describe"], responses={status: _ERRORS[status] for status in (404, 503)})
-    async def card() -> Card:
+    async def card(request: Request) -> Card:
         """What the bundle's defences were found to be worth when it was evaluated."""
+        service.authorize(request, "predict")
         found = service.require_loaded().card
         if found is None:
             raise Problem(404, "this bundle has no card: it was not evaluated")
@@ -309,6 +320,7 @@ def _add_health(app: FastAPI, service: Service) -> None:
         return {"status": "ready"}
 
     @app.get("/metrics", tags=["health"], response_class=Response)
-    async def metrics() -> Response:
+    async def metrics(request: Request) -> Response:
         """Prometheus exposition."""
+        service.authorize(request, "metrics")
         return Response(service.metrics.render(), media_type=CONTENT_TYPE_LATEST)

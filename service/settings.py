@@ -15,6 +15,7 @@ from pydantic_settings import (
 
 from mithridate.defenses import DEFAULT_DEFENCES
 from mithridate.errors import OptionError
+from service.keys import Key
 
 ALL = "all"
 
@@ -41,6 +42,12 @@ class Settings(BaseSettings):
     """Where the model runs: cpu, cuda, cuda:1 ..."""
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """Threads for torch and FAISS; all of the process's cores unless given."""
+    keys_file: Path | None = None
+    """A file of API keys, as ``mithridate keys new`` writes it; looked at again when it changes."""
+    keys: tuple[Key, ...] = ()
+    """API keys beside those of the file: a list of the same objects."""
+    insecure_no_keys: bool = False
+    """Listen at other addresses than loopback without keys, where something before the service asks who is there."""
     queue_size: Annotated[int, Field(ge=1)] = 64
     """Requests admitted at once; more are answered 429."""
     max_images: Annotated[int, Field(ge=1)] = 64
@@ -101,7 +108,9 @@ def load_settings(config: Path | None = None, **flags: Any) -> Settings:
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"]))
-        seen = "" if first["type"] == "missing" else f"; seen: {first['input']!r}"
+        # Of keys nothing is quoted: what stands in the wrong place could be one.
+        quoted = first["type"] != "missing" and first["loc"][:1] != ("keys",)
+        seen = f"; seen: {first['input']!r}" if quoted else ""
         raise OptionError(f"setting {name}: {first['msg']}{seen}") from error
     except ValueError as error:  # a TOML file that is not TOML, an environment variable that is not JSON
         raise OptionError(f"cannot read the settings: {error}") from error
