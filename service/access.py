@@ -6,6 +6,8 @@ import ipaddress
 import logging
 import time
 
+from fastapi import Security, params
+from fastapi.security import APIKeyHeader, HTTPBearer
 from starlette.requests import Request
 
 from mithridate.errors import OptionError
@@ -17,6 +19,8 @@ logger = logging.getLogger("mithridate.service")
 
 _LOOK_EVERY_SECONDS = 1.0
 _PROXIES = ("forwarded", "x-forwarded-for", "x-real-ip", "via")
+_BEARER = HTTPBearer(scheme_name="key", description="A key of `mithridate keys new`", auto_error=False)
+_HEADER = APIKeyHeader(name="X-API-Key", scheme_name="key-header", auto_error=False)
 _EVERYBODY = frozenset(SCOPES) - {"admin"}
 
 
@@ -40,6 +44,11 @@ class Access:
                     "and give --keys FILE, or --insecure-no-keys where something before this service asks who is there"
                 )
             logger.warning("no keys: whoever reaches %s:%d may use the service", settings.host, settings.port)
+
+    @property
+    def dependencies(self) -> list[params.Depends]:
+        """For a route that needs a key: what puts that into the OpenAPI document. It is ``authorize`` that asks."""
+        return [Security(_BEARER), Security(_HEADER)] if self._ring is not None else []
 
     @property
     def keys(self) -> tuple[Key, ...]:
@@ -67,7 +76,7 @@ class Access:
         if key is None:
             detail = "a key is needed that this service knows; send it as Authorization: Bearer KEY"
             raise Problem(401, detail, headers={"WWW-Authenticate": 'Bearer realm="mithridate"'})
-        return Caller(key_id=key.id, scopes=key.scopes)
+        return Caller(key_id=key.id, scopes=key.scopes, key=key)
 
     def _refresh(self) -> None:
         """Looks now and then whether the file has changed: a key that is revoked must not work until a restart."""

@@ -21,12 +21,14 @@ from mithridate.errors import BudgetExceededError, MithridateError
 from mithridate.evaluation.card import Card
 from service import problems
 from service.access import Access
+from service.admission import Admission, Ticket
 from service.batching import Answer, EngineStoppedError
 from service.engine import Engine
 from service.keys import Caller, Scope
 from service.loading import Loaded
 from service.metrics import Metrics
 from service.middleware import RequestIdMiddleware
+from service.policy import needs_explain, shown
 from service.problems import Problem, request_id, to_problem
 from service.reports import report_bundle, report_images
 from service.schemas import (
@@ -63,7 +65,8 @@ class Service:
         self.failure: str | None = None
         self.on_failure: Callable[[], None] = lambda: None
         """Called when there is nothing to serve: the bundle cannot be loaded, or the engine has died."""
-        self._in_flight = 0
+        self.admission = Admission(settings)
+        self.metrics.in_flight.set_function(lambda: self.admission.in_flight)
         self.engine.on_batch = self.metrics.ran
         self.engine.on_death = self._die
         self.metrics.waiting.set_function(lambda: self.engine.waiting)
@@ -71,7 +74,9 @@ class Service:
     async def load(self) -> None:
         """Loads the bundle; afterwards the service is ready, or ``failure`` says why it never will be."""
         try:
-            await self.engine.load()
+            loaded = await self.engine.load()
+            self.admission.default = loaded.default
+            self.admission.costs.seed(loaded.seconds)
             self.metrics.ready.set(1)
             logger.info("ready")
         except MithridateError as error:
@@ -121,28 +126,30 @@ class Service:
         """What every protocol answers with: admits the request, lets ``read`` take its body, decodes, and runs the
         defence. Raises Problem."""
         started = time.perf_counter()
-        self.authorize(request, "predict")
+        caller = self.authorize(request, "predict")
         loaded = self.require_loaded()
-        self._admit()
+        ticket = self._admit(caller)
         name = "unknown"
         try:
             upload = await read()
             options = upload.options
-            defence = self._choose(loaded, options)
+            defence = self._choose(loaded, request, options)
             name, manifest = defence.name, loaded.bundle.manifest
             deadline_ms = min(options.deadline_ms or math.inf, self.settings.deadline_ms)
             deadline = time.monotonic() + deadline_ms / 1000 - (time.perf_counter() - started)
+            self.admission.price(ticket, name, len(upload.files), seconds_left=deadline - time.monotonic())
             decoding = time.perf_counter()
             pixels = await decode_upload(upload.files, manifest, self.settings, self.decoders)
             decoded = time.perf_counter()
-            answer = await self._ask(request, defence, pixels, deadline)
+            answer = await self._ask(request, defence, pixels, deadline, ticket)
             seconds = {"queue": answer.queue_seconds, "decode": decoded - decoding, **answer.prediction.seconds}
             timings = {phase: 1000 * seconds.get(phase, 0.0) for phase in Timings.model_fields}
+            reports = report_images(manifest, loaded.resources.exemplars, answer.prediction, options)
             response = PredictResponse(
                 id=request_id(request),
                 bundle=BundleRef(name=manifest.name, digest=loaded.bundle.digest),
                 defense=name,
-                predictions=report_images(manifest, loaded.resources.exemplars, answer.prediction, options),
+                predictions=shown(reports, caller, confidence_decimals=self.settings.confidence_decimals),
                 batch=BatchReport(requests=answer.batch.requests, images=answer.batch.images),
                 timings_ms=Timings(**{**timings, "total": 1000 * (time.perf_counter() - started)}),
             )
@@ -155,31 +162,38 @@ class Service:
             self.metrics.refused(500, name)
             raise
         finally:
-            self._in_flight -= 1
-            self.metrics.in_flight.set(self._in_flight)
+            self.admission.leave(ticket)
 
-    def _admit(self) -> None:
-        if self._in_flight >= self.settings.queue_size:
-            wait = max(1, math.ceil(self._in_flight * self.engine.service_seconds))
-            self.metrics.refused(429, "unknown")
-            raise Problem(429, f"{self._in_flight} requests are waiting already", headers={"Retry-After": str(wait)})
-        self._in_flight += 1
-        self.metrics.in_flight.set(self._in_flight)
-
-    @staticmethod
-    def _choose(loaded: Loaded, options: PredictOptions) -> Defence:
+    def _admit(self, caller: Caller) -> Ticket:
+        """A place, before anything of the request is read: whom there is no room for must cost next to nothing."""
         try:
-            return loaded.defence(options.defense)
+            return self.admission.enter(caller)
+        except Problem as problem:
+            self.metrics.refused(problem.status, "unknown")
+            raise
+
+    def _choose(self, loaded: Loaded, request: Request, options: PredictOptions) -> Defence:
+        if needs_explain(options):
+            self.authorize(request, "explain")
+        try:
+            defence = loaded.defence(options.defense)
         except MithridateError as error:
             raise to_problem(error) from error
+        if defence.name != loaded.default:
+            self.authorize(request, "choose-defense")
+        return defence
 
-    async def _ask(self, request: Request, defence: Defence, pixels: Any, deadline: float) -> Answer:
+    async def _ask(self, request: Request, defence: Defence, pixels: Any, deadline: float, ticket: Ticket) -> Answer:
         """Runs the engine; a client that leaves, or a deadline that passes, stops it between two steps."""
         cancelled = threading.Event()
         watch = asyncio.create_task(self._watch(request, cancelled))
         try:
             async with asyncio.timeout(max(0.0, deadline - time.monotonic())):  # also while others have the engine
-                return await self.engine.predict(defence, pixels, deadline=deadline, cancelled=cancelled)
+                self.admission.ask(ticket)
+                answer = await self.engine.predict(defence, pixels, deadline=deadline, cancelled=cancelled)
+                took = sum(answer.prediction.seconds.values())
+                self.admission.settle(ticket, took, images_together=answer.batch.images)
+                return answer
         except TimeoutError as error:
             raise Problem(504, "the deadline passed before there was an answer") from error
         except BudgetExceededError as error:
@@ -239,15 +253,19 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"content": {problems.MEDIA_TYPE: {"schema": ProblemDocument.model_json_schema()}}, "description": text}
     for status, text in {
         400: "malformed body or image",
+        401: "a key is needed; send it as a bearer token",
+        403: "the key lacks a scope",
         404: "there is none",
         413: "too many bytes, pixels or images",
         415: "not an image type that is taken",
         422: "well-formed, but not usable",
-        429: "too many requests at once; see Retry-After",
+        429: "no room, or an allowance is used up; see Retry-After",
         503: "not ready",
         504: "no answer within the deadline",
     }.items()
 }
+
+_DESCRIBE_ERRORS: dict[int | str, dict[str, Any]] = {status: _ERRORS[status] for status in (401, 403, 503)}
 
 _PREDICT_ERRORS = {status: error for status, error in _ERRORS.items() if status != 404}
 
@@ -267,7 +285,12 @@ _BODY = {
 
 def _add_predict(app: FastAPI, service: Service) -> None:
     @app.post(
-        "/v1/predict", responses=_PREDICT_ERRORS, openapi_extra=_BODY, tags=["predict"], response_model_by_alias=True
+        "/v1/predict",
+        responses=_PREDICT_ERRORS,
+        openapi_extra=_BODY,
+        tags=["predict"],
+        response_model_by_alias=True,
+        dependencies=service.access.dependencies,
     )
     async def predict(request: Request, options: Annotated[PredictOptions, Query()]) -> PredictResponse:
         """Classifies images sent as a raw body, as multipart parts named `images`, or as JSON with base64."""
@@ -275,14 +298,16 @@ def _add_predict(app: FastAPI, service: Service) -> None:
 
 
 def _add_descriptions(app: FastAPI, service: Service) -> None:
-    @app.get("/v1/bundle", tags=["describe"])
+    keys = service.access.dependencies
+
+    @app.get("/v1/bundle", tags=["describe"], responses=_DESCRIBE_ERRORS, dependencies=keys)
     async def bundle(request: Request) -> BundleResponse:
         """What is served."""
         service.authorize(request, "predict")
         loaded = service.require_loaded()
         return report_bundle(loaded.bundle.manifest, loaded.bundle.digest)
 
-    @app.get("/v1/defenses", tags=["describe"])
+    @app.get("/v1/defenses", tags=["describe"], responses=_DESCRIBE_ERRORS, dependencies=keys)
     async def defenses(request: Request) -> DefensesResponse:
         """Which defences a request may name."""
         service.authorize(request, "predict")
@@ -293,7 +318,9 @@ def _add_descriptions(app: FastAPI, service: Service) -> None:
         ]
         return DefensesResponse(default=loaded.default, defenses=listed)
 
-    @app.get("/v1/card", tags=["describe"], responses={status: _ERRORS[status] for status in (404, 503)})
+    not_found: dict[int | str, dict[str, Any]] = {404: _ERRORS[404], **_DESCRIBE_ERRORS}
+
+    @app.get("/v1/card", tags=["describe"], responses=not_found, dependencies=keys)
     async def card(request: Request) -> Card:
         """What the bundle's defences were found to be worth when it was evaluated."""
         service.authorize(request, "predict")
@@ -319,7 +346,15 @@ def _add_health(app: FastAPI, service: Service) -> None:
             raise Problem(503, "draining")
         return {"status": "ready"}
 
-    @app.get("/metrics", tags=["health"], response_class=Response)
+    refused: dict[int | str, dict[str, Any]] = {status: _ERRORS[status] for status in (401, 403)}
+
+    @app.get(
+        "/metrics",
+        tags=["health"],
+        response_class=Response,
+        responses=refused,
+        dependencies=service.access.dependencies,
+    )
     async def metrics(request: Request) -> Response:
         """Prometheus exposition."""
         service.authorize(request, "metrics")

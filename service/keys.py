@@ -54,6 +54,8 @@ class Caller:
 
     key_id: str | None
     scopes: frozenset[Scope]
+    key: Key | None = None
+    """What is stored of the key, with its allowances."""
 
     def may(self, scope: Scope) -> bool:
         """Whether they have ``scope``; ``admin`` includes ``metrics``."""

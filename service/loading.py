@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -23,6 +23,7 @@ from mithridate.devices import resolve_device, use_threads
 from mithridate.errors import MithridateError, OptionError
 from mithridate.evaluation.card import Card, read_card, warning
 from mithridate.types import to_images
+from service.ceilings import check_ceilings
 from service.settings import ALL, Settings
 
 logger = logging.getLogger("mithridate.service")
@@ -36,7 +37,8 @@ class Loaded:
     """A verified bundle and its defences, by canonical name; ``default`` is one of them.
 
     ``costs``: what an image takes, relative to the undefended model, None where that was not measured. ``card``: what
-    an evaluation of this bundle found, None where there was none.
+    an evaluation of this bundle found, None where there was none. ``seconds``: what one image alone took here, of a
+    defence that fine-tunes a single step.
     """
 
     bundle: Bundle
@@ -46,6 +48,7 @@ class Loaded:
     costs: dict[str, float | None]
     default: str
     card: Card | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
 
     def defence(self, text: str | None) -> Defence:
         """The defence a request names, or the default. Raises OptionError where it is not offered."""
@@ -71,16 +74,19 @@ def load(settings: Settings) -> Loaded:
         if getattr(defence, "offline", False):
             raise OptionError(f"{text} is for offline comparison only and cannot be served; leave it out of --offer")
     defences = {defence.name: defence for defence in made.values()}
+    check_ceilings(defences.values(), settings)
     card, default = read_card(bundle.path, bundle.digest), made[settings.defense].name
     _say_what_it_is_worth(card, default)
+    costs, took = _warm(resources, defences)
     return Loaded(
         bundle=bundle,
         resources=resources,
         defences=defences,
         descriptions={name: describe_defence(defence) for name, defence in defences.items()},
-        costs=_warm(resources, defences),
+        costs=costs,
         default=default,
         card=card,
+        seconds=took,
     )
 
 
@@ -91,9 +97,10 @@ def _say_what_it_is_worth(card: Card | None, default: str) -> None:
         logger.log(logging.INFO if card is None else logging.WARNING, said)
 
 
-def _warm(resources: Resources, defences: dict[str, Defence]) -> dict[str, float | None]:
+def _warm(resources: Resources, defences: dict[str, Defence]) -> tuple[dict[str, float | None], dict[str, float]]:
     """One answer from every defence, on an exemplar; a single step where the whole network is fine-tuned. Then what a
-    warm one costs relative to the undefended model: none that is fine-tuned, whose single step says nothing.
+    warm one costs relative to the undefended model: none that is fine-tuned, whose single step says nothing; and the
+    seconds.
     """
     images = to_images(torch.from_numpy(resources.exemplars.pixels(torch.tensor([0])).numpy()))
 
@@ -106,6 +113,7 @@ def _warm(resources: Resources, defences: dict[str, Defence]) -> dict[str, float
     base = build_defence("none", resources)
     seconds(base)
     costs: dict[str, float | None] = {}
+    took: dict[str, float] = {}
     for name, defence in defences.items():
         first = seconds(defence)
         logger.info("warmed %s in %.0f ms", name, 1000 * first)
@@ -113,8 +121,8 @@ def _warm(resources: Resources, defences: dict[str, Defence]) -> dict[str, float
         repeats = max(int(first < _LONG), min(_REPEATS, int(_SECONDS / first)))
         pairs = [(seconds(defence), seconds(base)) for _ in range(repeats)] or [(first, seconds(base))]
         mine, plain = (sorted(column)[len(pairs) // 2] for column in zip(*pairs, strict=True))
-        costs[name] = None if _fine_tunes(defence) else mine / plain
-    return costs
+        costs[name], took[name] = None if _fine_tunes(defence) else mine / plain, mine
+    return costs, took
 
 
 def _fine_tunes(defence: Defence) -> bool:

@@ -43,4 +43,5 @@ class RequestIdMiddleware:
         finally:
             elapsed = (time.perf_counter() - started) * 1000
             path = quote(scope["path"])  # decoded, it may hold line breaks
-            logger.info("%s %s %d %.1fms id=%s", scope["method"], path, status, elapsed, identity)
+            key = getattr(scope["state"].get("caller"), "key_id", None) or "-"
+            logger.info("%s %s %d %.1fms id=%s key=%s", scope["method"], path, status, elapsed, identity, key)

@@ -50,6 +50,16 @@ class Settings(BaseSettings):
     """Listen at other addresses than loopback without keys, where something before the service asks who is there."""
     queue_size: Annotated[int, Field(ge=1)] = 64
     """Requests admitted at once; more are answered 429."""
+    queue_seconds: Annotated[float, Field(gt=0)] = 10
+    """Estimated seconds of the engine that all admitted requests may need together; more are answered 429."""
+    max_neighbors: Annotated[int, Field(ge=1)] | None = None
+    """Neighbours an image that an offered defence may use; one with more is refused at the start."""
+    max_steps: Annotated[int, Field(ge=1)] | None = None
+    """Steps, or epochs, an image that an offered defence may adapt for; one with more is refused at the start."""
+    max_passes: Annotated[int, Field(ge=1)] | None = None
+    """Random passes an image that an offered defence may average; one with more is refused at the start."""
+    confidence_decimals: Annotated[int, Field(ge=0, le=15)] | None = None
+    """Decimals of a confidence that callers without the scope ``explain`` are shown; all unless given."""
     max_images: Annotated[int, Field(ge=1)] = 64
     """Images in one request."""
     max_batch_images: Annotated[int, Field(ge=1)] = 64
