@@ -103,7 +103,7 @@ class Admission:
             raise Problem(504, f"{detail}; send fewer images, or allow more time")
         if len(self._inside) > 1 and ahead + own / self.lanes > self._settings.queue_seconds:  # alone, it may take long
             detail = f"what waits already takes about {ahead:.1f} s, and this about {own:.1f} s more"
-            raise self._full("queue-seconds", detail)
+            raise self._full("queue-seconds", detail, besides=ticket)
         if ticket.allowance is not None and (spent := ticket.allowance.compute_spent(own)):
             raise self._used_up(spent)
         ticket.defence, ticket.images, ticket.estimate = defence, images, own
@@ -150,9 +150,10 @@ class Admission:
             ticket.allowance.compute.take(seconds - ticket.charged)
         ticket.charged = seconds
 
-    def _full(self, reason: Reason, detail: str) -> Problem:
+    def _full(self, reason: Reason, detail: str, *, besides: Ticket | None = None) -> Problem:
         self.on_shed(reason)
-        return Problem(429, detail, headers={"Retry-After": whole_seconds(self.remaining_seconds)})
+        others = self.remaining_seconds - (0.0 if besides is None else besides.estimate / self.lanes)
+        return Problem(429, detail, headers={"Retry-After": whole_seconds(others)})
 
     def _used_up(self, spent: Spent) -> Problem:
         self.on_shed(spent.reason)
