@@ -27,8 +27,8 @@ def serve(settings: Settings) -> None:
         raise OptionError(f"log level {settings.log_level!r} is unknown; allowed: {', '.join(LOG_LEVELS)}")
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
     Bundle.open(settings.bundle, verify=False)  # a wrong path is said before anything is started
+    app = create_app(settings)  # refuses what must not be listened at
     listener = _bind(settings)
-    app = create_app(settings)
     service: Service = app.state.service
     config = uvicorn.Config(
         app,
