@@ -136,7 +136,7 @@ def test_what_cannot_be_done_in_time_is_said_at_once_and_forgotten_after_a_while
         ask(doors, caller(), "slow", 3, left=5)
     assert raised.value.status == 504
     clock.now += 61  # else one slow moment of the machine would forbid it for good
-    ask(doors, caller(), "quick", 3, left=5)
+    ask(doors, caller(), "slow", 3, left=5)
 
 
 def test_retry_after_is_honest() -> None:
