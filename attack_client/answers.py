@@ -22,11 +22,12 @@ class Scored(BaseModel):
 class ImageAnswer(Scored):
     """The answer for one image; ``undefended`` is what the base model alone would have said.
 
-    ``abstained``: the label is the defence's best guess, but it does not stand by it.
+    ``undefended`` and ``adaptation`` are None where the caller's key may not explain. ``abstained``: the label is the
+    defence's best guess, but it does not stand by it.
     """
 
     top: tuple[Scored, ...]
-    undefended: Scored
+    undefended: Scored | None
     suspicious: bool
     abstained: bool = False
     adaptation: dict[str, Any] | None

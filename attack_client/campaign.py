@@ -29,7 +29,7 @@ def run_campaign(plan: CampaignPlan, *, progress: Progress, workspace: Workspace
     ``workspace`` keeps each answer as it comes, and knows those from before an interruption; black-box attacks need
     one. Raises InputError where the service does not answer or serves other images than ``plan.data``.
     """
-    with Client(plan.url, timeout_seconds=plan.timeout_seconds) as client:
+    with Client(plan.url, timeout_seconds=plan.timeout_seconds, api_key=plan.api_key) as client:
         client.wait_until_ready(plan.timeout_seconds)
         service, offered = client.bundle(), client.defenses()
     _check_service(service, plan)
@@ -75,7 +75,9 @@ def _ask(
         return []
     if workspace is None:
         raise OptionError("black-box attacks keep what they asked: give them a directory to write to")
-    with Session(plan.url, timeout_seconds=plan.timeout_seconds, connections=asked.concurrency) as session:
+    with Session(
+        plan.url, timeout_seconds=plan.timeout_seconds, connections=asked.concurrency, api_key=plan.api_key
+    ) as session:
         target = Target(session=session, service=service, data=plan.data, seed=plan.seed, workspace=workspace)
         return attack_all(asked, target, defenses, progress)
 
@@ -99,7 +101,7 @@ def _send(
             workspace.record(outcome, int(truth[outcome.image]))
 
     async def send() -> list[Outcome]:
-        async with AsyncClient(plan.url, timeout_seconds=plan.timeout_seconds) as client:
+        async with AsyncClient(plan.url, timeout_seconds=plan.timeout_seconds, api_key=plan.api_key) as client:
             return await fire(
                 client,
                 [shot for shot in shots if (shot.image, shot.kind, shot.defense) not in before],

@@ -19,6 +19,7 @@ import httpx2
 
 from attack_client.answers import Answer, BundleDescription, Defenses, parse_answer
 from attack_client.retry import RetryPolicy
+from attack_client.wire import check_key
 from mithridate.errors import InputError, MithridateError, OptionError
 from mithridate.evaluation.card import Card
 from mithridate.evaluation.wording import printable
@@ -78,6 +79,10 @@ def _check(response: httpx2.Response) -> bytes:
     raise ServiceError(response.status_code, printable(detail[:_LONGEST_DETAIL]), printable(identity[:100]))
 
 
+def _headers(api_key: str | None) -> dict[str, str]:
+    return {} if api_key is None else {"Authorization": f"Bearer {check_key(api_key)}"}
+
+
 def _base_url(url: str) -> str:
     try:
         parts = httpx2.URL(url)
@@ -97,7 +102,7 @@ def _is_ready(url: str, response: httpx2.Response) -> bool:
 
 
 class Client:
-    """The synchronous client. Safe to share between threads."""
+    """The synchronous client. Safe to share between threads. ``api_key`` is sent with every request."""
 
     def __init__(
         self,
@@ -106,10 +111,13 @@ class Client:
         timeout_seconds: float = 60.0,
         retry: RetryPolicy | None = None,
         transport: httpx2.BaseTransport | None = None,
+        api_key: str | None = None,
     ) -> None:
         self.url = _base_url(url)
         self._retry = retry or RetryPolicy()
-        self._http = httpx2.Client(base_url=self.url, timeout=timeout_seconds, transport=transport)
+        self._http = httpx2.Client(
+            base_url=self.url, timeout=timeout_seconds, transport=transport, headers=_headers(api_key)
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -197,11 +205,14 @@ class AsyncClient:
         retry: RetryPolicy | None = None,
         transport: httpx2.AsyncBaseTransport | None = None,
         connections: int = 100,
+        api_key: str | None = None,
     ) -> None:
         self.url = _base_url(url)
         self._retry = retry or RetryPolicy()
         limits = httpx2.Limits(max_connections=connections, max_keepalive_connections=connections)
-        self._http = httpx2.AsyncClient(base_url=self.url, timeout=timeout_seconds, transport=transport, limits=limits)
+        self._http = httpx2.AsyncClient(
+            base_url=self.url, timeout=timeout_seconds, transport=transport, limits=limits, headers=_headers(api_key)
+        )
 
     async def __aenter__(self) -> Self:
         return self

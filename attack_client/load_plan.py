@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -52,9 +52,10 @@ class LoadPlan:
     defense: str | None = None
     seed: int = 0
     command: str = ""
+    api_key: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        Target.parse(self.url)
+        Target.parse(self.url, api_key=self.api_key)
         if bool(self.rates) == (self.clients is not None):
             raise OptionError("give either rates (open model) or a number of clients (closed model)")
         if self.clients is not None and (self.ramp or self.poisson):

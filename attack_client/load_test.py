@@ -89,7 +89,7 @@ def sample_line(step: int, sample: Sample) -> str:
 
 
 def _introduce(plan: LoadPlan, files: Files) -> dict[str, str]:
-    with Client(plan.url, timeout_seconds=plan.timeout_seconds) as client:
+    with Client(plan.url, timeout_seconds=plan.timeout_seconds, api_key=plan.api_key) as client:
         service, offered = client.bundle(), client.defenses()
         if plan.defense is not None and plan.defense not in offered.names:
             raise OptionError(f"the service does not offer {plan.defense!r}; allowed: {', '.join(offered.names)}")
@@ -103,7 +103,7 @@ def _introduce(plan: LoadPlan, files: Files) -> dict[str, str]:
 
 
 def _traffic(plan: LoadPlan, files: Files) -> Traffic:
-    target = Target.parse(plan.url)
+    target = Target.parse(plan.url, api_key=plan.api_key)
 
     def payloads(kind: str, contents: Sequence[bytes]) -> tuple[Payload, ...]:
         return tuple(
@@ -122,7 +122,7 @@ def _traffic(plan: LoadPlan, files: Files) -> Traffic:
 def _shoot(plan: LoadPlan, traffic: Traffic, rate: float | None, number: int, progress: Progress) -> Shooting:
     name = f"{plan.clients} clients" if rate is None else f"{rate:.4g}/s"
     connections = Connections(
-        target=Target.parse(plan.url),
+        target=Target.parse(plan.url, api_key=plan.api_key),
         count=plan.clients or plan.connections,
         timeout_seconds=plan.timeout_seconds,
     )

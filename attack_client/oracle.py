@@ -49,10 +49,18 @@ class Session:
     """Connections to one service, for oracles that are asked in turn from ordinary code."""
 
     def __init__(
-        self, url: str, *, timeout_seconds: float = 60.0, connections: int = 16, retry: RetryPolicy | None = None
+        self,
+        url: str,
+        *,
+        timeout_seconds: float = 60.0,
+        connections: int = 16,
+        retry: RetryPolicy | None = None,
+        api_key: str | None = None,
     ) -> None:
         self._runner = asyncio.Runner()
-        self.client = AsyncClient(url, timeout_seconds=timeout_seconds, connections=connections, retry=retry)
+        self.client = AsyncClient(
+            url, timeout_seconds=timeout_seconds, connections=connections, retry=retry, api_key=api_key
+        )
 
     def __enter__(self) -> Self:
         return self

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from attack_client.answers import BundleDescription
 from attack_client.black_box import BlackBoxPlan
 from attack_client.transfer import Surrogate
+from attack_client.wire import check_key
 from mithridate.datasets import LabelledImages
 from mithridate.errors import OptionError
 from mithridate.types import Epsilon
@@ -34,8 +35,11 @@ class CampaignPlan:
     seed: int = 0
     timeout_seconds: float = 60.0
     command: str = ""
+    api_key: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
+        if self.api_key is not None:
+            check_key(self.api_key)
         if not 0 < self.timeout_seconds <= 86_400:
             raise OptionError(
                 f"timeout {self.timeout_seconds:g} is out of range; allowed: above 0, up to 86400 seconds"

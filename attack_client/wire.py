@@ -7,7 +7,7 @@ whole answer: its times would be the client's. This one spends about a twentieth
 from __future__ import annotations
 
 import ssl
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from urllib.parse import urlencode, urlsplit
 
 from mithridate.errors import OptionError
@@ -29,10 +29,11 @@ class Target:
     port: int
     secure: bool
     prefix: str
+    api_key: str | None = field(default=None, repr=False)
 
     @classmethod
-    def parse(cls, url: str) -> Target:
-        """Raises OptionError where ``url`` is not the address of a service."""
+    def parse(cls, url: str, *, api_key: str | None = None) -> Target:
+        """Raises OptionError where ``url`` is not the address of a service, or ``api_key`` cannot be sent."""
         try:
             parts = urlsplit(url)
             host, port = parts.hostname, parts.port
@@ -44,7 +45,14 @@ class Target:
         prefix = parts.path.rstrip("/")
         if not (host.isascii() and prefix.isascii() and prefix.isprintable() and " " not in prefix):
             raise OptionError(f"{url!r} has characters that a request cannot carry; write it as http://host:port")
-        return cls(url=url.rstrip("/"), host=host, port=port or (443 if secure else 80), secure=secure, prefix=prefix)
+        return cls(
+            url=url.rstrip("/"),
+            host=host,
+            port=port or (443 if secure else 80),
+            secure=secure,
+            prefix=prefix,
+            api_key=None if api_key is None else check_key(api_key),
+        )
 
     def get(self, path: str) -> bytes:
         """The bytes of a request for ``path``."""
@@ -62,8 +70,17 @@ class Target:
 
     def _head(self, method: str, path: str, *fields: str) -> bytes:
         host = f"[{self.host}]" if ":" in self.host else self.host
+        if self.api_key is not None:
+            fields = (f"Authorization: Bearer {self.api_key}", *fields)
         lines = (f"{method} {self.prefix}{path} HTTP/1.1", f"Host: {host}:{self.port}", "Accept: */*", *fields, "", "")
         return "\r\n".join(lines).encode()
+
+
+def check_key(key: str) -> str:
+    """``key`` where a header can carry it. Raises OptionError, which does not quote it."""
+    if not (key and key.isascii() and key.isprintable() and " " not in key):
+        raise OptionError("the API key has characters that a header cannot carry, or none; is it the whole key?")
+    return key
 
 
 class AnswerReader:

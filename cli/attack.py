@@ -58,6 +58,7 @@ def attack(
     ] = None,
     rate: Annotated[float, typer.Option(help="Requests a second, whether or not they are answered in time")] = 50.0,
     timeout: Annotated[float, typer.Option(help="Seconds to wait for an answer")] = 60.0,
+    api_key_env: shared.ApiKeyOption = None,
     image_size: shared.ImageSizeOption = None,
     data_root: shared.DataRootOption = None,
     download: shared.DownloadOption = False,
@@ -78,6 +79,7 @@ def attack(
     from attack_client.workspace import Workspace
     from mithridate.errors import OptionError
 
+    key = shared.api_key(api_key_env)
     transfer, asking = _sort(attack or ["pgd20"])
     source = model or bundle
     if (model and bundle) or (transfer and source is None):
@@ -117,6 +119,7 @@ def attack(
         seed=seed,
         timeout_seconds=timeout,
         command=shlex.join(["mithridate", *sys.argv[1:]]),
+        api_key=key,
     )
     workspace = Workspace(out, resume=resume)
     try:

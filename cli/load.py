@@ -49,6 +49,7 @@ def load(
     arch: shared.ArchOption = None,
     epsilon: shared.EpsilonOption = None,
     defense: Annotated[str | None, typer.Option(help="The defence to ask for (default: the service's own)")] = None,
+    api_key_env: shared.ApiKeyOption = None,
     image_size: shared.ImageSizeOption = None,
     data_root: shared.DataRootOption = None,
     download: shared.DownloadOption = False,
@@ -75,6 +76,7 @@ def load(
     if clients is not None and rate is not None:
         raise OptionError("give either --rate (open model) or --clients (closed model)")
 
+    key = shared.api_key(api_key_env)
     plan = LoadPlan(
         url=url,
         rates=() if clients is not None else shared.numbers("--rate", rate) or (50.0,),
@@ -90,6 +92,7 @@ def load(
         defense=defense,
         seed=seed,
         command=shlex.join(["mithridate", *sys.argv[1:]]),
+        api_key=key,
     )
     if images:
         files = from_files(images)

@@ -15,6 +15,7 @@ from cli.build import build
 from cli.demo import demo
 from cli.evaluate import evaluate
 from cli.inspect import inspect
+from cli.keys import keys
 from cli.load import load
 from cli.predict import predict
 from cli.serve import serve
@@ -43,6 +44,7 @@ app = typer.Typer(
 for command in (train, build, verify, serve, predict, attack, evaluate, load, bench, demo):
     app.command()(command)
 app.add_typer(inspect, name="inspect")
+app.add_typer(keys, name="keys")
 
 
 def _version(asked: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -33,6 +34,9 @@ EpsilonOption = Annotated[
     typer.Option(help="L-infinity radius as k/255 (default: 32/255 for digits, 25/255 for MNISTs, else 8/255)"),
 ]
 SeedOption = Annotated[int, typer.Option(min=0, max=2**62 - 1, help="Same seed, same machine: same result")]
+ApiKeyOption = Annotated[
+    str | None, typer.Option(help="The environment variable that holds the service's API key", metavar="NAME")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON")]
 
 _CUSTOMARY_EPSILON = {"digits": "32/255", "mnist": "25/255", "fashion-mnist": "25/255"}
@@ -58,6 +62,21 @@ def check_device(name: str) -> str:
     from mithridate.devices import resolve_device
 
     return str(resolve_device(name))
+
+
+def api_key(variable: str | None) -> str | None:
+    """The key in the environment variable of that name. Never an option's value: others see a command line."""
+    if variable is None:
+        return None
+    from mithridate.errors import OptionError
+
+    key = os.environ.get(variable)
+    if not key:
+        # Not quoted: whoever gives the key itself here should not find it in a log.
+        raise OptionError(
+            "--api-key-env names no environment variable that is set; give the variable's name, not the key"
+        )
+    return key
 
 
 def allow_local_code(arch: str | None) -> None:

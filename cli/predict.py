@@ -85,9 +85,10 @@ def _describe(report: ImagePrediction) -> list[str]:
         steps = f"{report.adaptation.steps} ({report.adaptation.stop_reason})"
         if report.adaptation.answered_from == "base":
             steps += ", base weights"
+    base = report.undefended
     return [
         f"abstained: {answer}" if report.abstained else answer,
-        f"{report.undefended.label} ({percent(report.undefended.confidence)})",
+        f"{base.label} ({percent(base.confidence)})" if base else "-",
         "yes" if report.suspicious else "no",
         steps,
     ]

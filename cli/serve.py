@@ -34,6 +34,10 @@ def serve(
     bundle_root: Annotated[
         Path | None, typer.Option(help="Directory whose bundles POST /admin/bundle may put live (default: none)")
     ] = None,
+    keys: Annotated[Path | None, typer.Option(help="File of API keys, made by `mithridate keys new`")] = None,
+    insecure_no_keys: Annotated[
+        bool, typer.Option("--insecure-no-keys", help="Listen beyond loopback without keys, behind a proxy of your own")
+    ] = False,
     max_images: Annotated[int | None, typer.Option(help="Images in one request (default: 64)")] = None,
     max_batch_images: Annotated[
         int | None, typer.Option(help="Images answered together where requests wait (default: 64)")
@@ -69,6 +73,8 @@ def serve(
             isolation=isolation,
             threads=threads,
             bundle_root=bundle_root,
+            keys_file=keys,
+            insecure_no_keys=insecure_no_keys or None,
             max_images=max_images,
             max_batch_images=max_batch_images,
             queue_size=queue_size,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 from collections.abc import Awaitable
 from pathlib import Path
@@ -13,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from mithridate.errors import InputError, MithridateError, OptionError
 from service import problems
+from service.access import is_loopback
 from service.bundles import Bundles, Served, SwapBusyError
 from service.problems import Problem
 from service.schemas import BundleRef, ProblemDocument
@@ -106,10 +106,11 @@ def _report(bundles: Bundles) -> LiveBundles:
 
 
 def _allow(service: Service, request: Request) -> None:
-    """Only from this machine, by a name that says so: no web page can send that without being asked about it."""
+    """Who has the scope. Without keys that is whoever asks from this machine, and by a name that says so: no web page
+    can send that without being asked about it."""
     _root(service)
-    client = request.client.host if request.client else ""
-    if not _is_loopback(client) or not _is_loopback(request.url.hostname or "") or "origin" in request.headers:
+    caller = service.authorize(request, "admin")
+    if caller.key_id is None and not is_loopback(request.url.hostname or ""):
         raise Problem(403, "bundles are changed from the service's own machine, by no web page")
 
 
@@ -124,15 +125,6 @@ def _root(service: Service) -> Path:
     if root is None:
         raise Problem(403, "no bundle can be put live here: the setting bundle_root names no directory")
     return root
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _inside(root: Path, named: str) -> Path:

@@ -9,34 +9,33 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import FastAPI, Query, Request, Response
-from prometheus_client import CONTENT_TYPE_LATEST
+from fastapi import FastAPI, Request
 
 from mithridate import __version__
 from mithridate.errors import BudgetExceededError, MithridateError
-from mithridate.evaluation.card import Card
 from service import problems
+from service.access import Access
 from service.admin import add_admin
+from service.admission import Admission, Ticket
 from service.batching import Answer, EngineStoppedError
 from service.body_memory import BodyMemoryMiddleware
 from service.bundles import Bundles
 from service.collectors import watch_lag
 from service.decode_pool import DecodePool
 from service.engines import AnyEngine
+from service.keys import Caller, Scope
 from service.loading import Loaded, Named
 from service.middleware import RequestMiddleware
-from service.openapi import PREDICT_ANSWER, PREDICT_BODY, PREDICT_ERRORS, responses
+from service.policy import needs_explain, shown
 from service.problems import Problem, ShedReason, request_id, to_problem
 from service.record import Record
-from service.reports import report_bundle, report_images
+from service.reports import report_images
+from service.routes import add_routes
 from service.schemas import (
     BatchReport,
     BundleRef,
-    BundleResponse,
-    DefenseInfo,
-    DefensesResponse,
     PredictOptions,
     PredictResponse,
     Timings,
@@ -53,6 +52,8 @@ class Service:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self.access = Access(settings)
+        self.admission = Admission(settings)
         self.bundles = Bundles(settings)
         self.watching = Watching(settings, loaded=lambda: self.engine.loaded)
         self.metrics = self.watching.metrics
@@ -61,13 +62,15 @@ class Service:
         self.failure: str | None = None
         self.on_failure: Callable[[], None] = lambda: None
         """Called when there is nothing to serve: the bundle cannot be loaded, or the engine has died."""
-        self._in_flight = 0
         self._reloading: asyncio.Future[None] | None = None
         self.bundles.on_batch = self.metrics.ran
+        self.bundles.on_live = self._set_prices
         self.bundles.on_death = self._die
+        self.admission.on_shed = self.metrics.turned_away
+        self.metrics.in_flight.set_function(lambda: self.admission.in_flight)
         self.metrics.waiting.set_function(lambda: self.engine.waiting)
         self.metrics.waits.waiting = lambda: self.engine.waiting
-        self.metrics.backlog.set_function(lambda: self._in_flight * self.engine.service_seconds)
+        self.metrics.backlog.set_function(lambda: self.admission.queued_seconds)
 
     @property
     def engine(self) -> AnyEngine:
@@ -91,6 +94,11 @@ class Service:
     def reload(self) -> None:
         """Puts live what the configured path leads to by now, in the background; the log says what came of it."""
         self._reloading = asyncio.ensure_future(self.bundles.reload())
+
+    def _set_prices(self, loaded: Loaded[Any]) -> None:
+        self.admission.default = loaded.default
+        self.admission.lanes = len(self.settings.used_devices)
+        self.admission.costs.seed(loaded.seconds)
 
     def _die(self, error: BaseException) -> None:
         """The engine has ended by itself; one that is a thread says so from there. Better no service than one that
@@ -122,6 +130,10 @@ class Service:
             raise Problem(503, detail, headers={"Retry-After": "1"}, reason=reason)
         return loaded
 
+    def authorize(self, request: Request, *scopes: Scope) -> Caller:
+        """Who asks, who has all of ``scopes``. Raises Problem 401 without a key that is known, 403 without a scope."""
+        return self.access.authorize(request, *scopes)
+
     async def predict(self, request: Request, options: PredictOptions) -> PredictResponse:
         """Reads one request of the native API and answers it."""
         return await self.answer(request, lambda: read_upload(request, options, self.settings))
@@ -137,27 +149,32 @@ class Service:
         self, engine: AnyEngine, request: Request, read: Callable[[], Awaitable[Upload]], record: Record
     ) -> PredictResponse:
         started = time.perf_counter()
+        caller = self.authorize(request, "predict")
         loaded = self.require_loaded(engine)
-        self._admit()
+        # A place before anything of the request is read: whom there is no room for must cost next to nothing.
+        ticket = self.admission.enter(caller)
         try:
-            upload = await self._read(read)
+            with self.admission.reading(ticket):
+                upload = await read()
             options = upload.options
-            defence = self._choose(loaded, options)
+            defence = self._choose(loaded, request, options)
             record.defense, manifest = defence.name, loaded.bundle.manifest
             deadline_ms = min(options.deadline_ms or math.inf, self.settings.deadline_ms)
             deadline = time.monotonic() + deadline_ms / 1000 - (time.perf_counter() - started)
+            self.admission.price(ticket, defence.name, len(upload.files), seconds_left=deadline - time.monotonic())
             decoding = time.perf_counter()
             pixels = await decode_upload(upload.files, manifest, self.settings, self.decoders)
             decoded = time.perf_counter()
             with self.metrics.waits.asking():
-                answer = await self._ask(engine, request, defence, pixels, deadline)
+                answer = await self._ask(engine, request, defence, pixels, deadline, ticket)
             seconds = {"queue": answer.queue_seconds, "decode": decoded - decoding, **answer.prediction.seconds}
             timings = {phase: 1000 * seconds.get(phase, 0.0) for phase in Timings.model_fields}
+            reports = report_images(manifest, loaded.resources.exemplars, answer.prediction, options)
             response = PredictResponse(
                 id=request_id(request),
                 bundle=BundleRef(name=manifest.name, digest=loaded.bundle.digest),
                 defense=defence.name,
-                predictions=report_images(manifest, loaded.resources.exemplars, answer.prediction, options),
+                predictions=shown(reports, caller, confidence_decimals=self.settings.confidence_decimals),
                 batch=BatchReport(requests=answer.batch.requests, images=answer.batch.images),
                 timings_ms=Timings(**{**timings, "total": 1000 * (time.perf_counter() - started)}),
             )
@@ -165,51 +182,32 @@ class Service:
             self.watching.answered(request, loaded.bundle, answer, decoding=decoding, timings_ms=taken)
             return response
         finally:
-            self._count(-1)
+            self.admission.leave(ticket)
 
-    def _admit(self) -> None:
-        if self._in_flight >= self.settings.queue_size:
-            raise self._full(self._in_flight)
-        self._count(1)
-
-    async def _read(self, read: Callable[[], Awaitable[Upload]]) -> Upload:
-        """A body that is still coming takes nobody's place; what it holds is bytes, and those are bounded elsewhere.
-
-        Otherwise as many slow clients as there are places would keep everybody out.
-        """
-        self._count(-1)
+    def _choose(self, loaded: Loaded[Any], request: Request, options: PredictOptions) -> Named:
+        if needs_explain(options):
+            self.authorize(request, "explain")
         try:
-            upload = await read()
-        finally:
-            self._count(1)
-        if self._in_flight > self.settings.queue_size:
-            raise self._full(self._in_flight - 1)
-        return upload
-
-    def _count(self, change: int) -> None:
-        self._in_flight += change
-        self.metrics.in_flight.set(self._in_flight)
-
-    def _full(self, waiting: int) -> Problem:
-        wait = max(1, math.ceil(waiting * self.engine.service_seconds))
-        detail = f"{waiting} requests are waiting already"
-        return Problem(429, detail, headers={"Retry-After": str(wait)}, reason="queue-full")
-
-    @staticmethod
-    def _choose(loaded: Loaded[Any], options: PredictOptions) -> Named:
-        try:
-            found: Named = loaded.defence(options.defense)
-            return found
+            defence: Named = loaded.defence(options.defense)
         except MithridateError as error:
             raise to_problem(error) from error
+        if defence.name != loaded.default:
+            self.authorize(request, "choose-defense")
+        return defence
 
-    async def _ask(self, engine: AnyEngine, request: Request, defence: Named, pixels: Any, deadline: float) -> Answer:
+    async def _ask(
+        self, engine: AnyEngine, request: Request, defence: Named, pixels: Any, deadline: float, ticket: Ticket
+    ) -> Answer:
         """Runs the engine; a client that leaves, or a deadline that passes, stops it between two steps."""
         cancelled = threading.Event()
         watch = asyncio.create_task(self._watch(engine, request, cancelled))
         try:
             async with asyncio.timeout(max(0.0, deadline - time.monotonic())):  # also while others have the engine
-                return await engine.predict(defence, pixels, deadline=deadline, cancelled=cancelled)
+                self.admission.ask(ticket)
+                answer = await engine.predict(defence, pixels, deadline=deadline, cancelled=cancelled)
+                took = sum(answer.prediction.seconds.values())
+                self.admission.settle(ticket, took, images_together=answer.batch.images)
+                return answer
         except TimeoutError as error:
             raise Problem(504, "the deadline passed before there was an answer", reason="deadline") from error
         except BudgetExceededError as error:
@@ -267,67 +265,6 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(
         RequestMiddleware, tracing=service.watching.tracing, log_client_address=settings.log_client_address
     )
-    _add_predict(app, service)
-    _add_descriptions(app, service)
-    _add_health(app, service)
+    add_routes(app, service)
     add_admin(app, service)
     return app
-
-
-def _add_predict(app: FastAPI, service: Service) -> None:
-    answers = responses(*PREDICT_ERRORS, path="/v1/predict", example=PREDICT_ANSWER)
-
-    @app.post(
-        "/v1/predict", responses=answers, openapi_extra=PREDICT_BODY, tags=["predict"], response_model_by_alias=True
-    )
-    async def predict(request: Request, options: Annotated[PredictOptions, Query()]) -> PredictResponse:
-        """Classifies images sent as a raw body, as multipart parts named `images`, or as JSON with base64."""
-        return await service.predict(request, options)
-
-
-def _add_descriptions(app: FastAPI, service: Service) -> None:
-    @app.get("/v1/bundle", tags=["describe"], responses=responses(path="/v1/bundle"))
-    async def bundle() -> BundleResponse:
-        """What is served."""
-        loaded = service.require_loaded()
-        return report_bundle(loaded.bundle.manifest, loaded.bundle.digest)
-
-    @app.get("/v1/defenses", tags=["describe"], responses=responses(path="/v1/defenses"))
-    async def defenses() -> DefensesResponse:
-        """Which defences a request may name."""
-        loaded = service.require_loaded()
-        listed = [
-            DefenseInfo(name=name, description=text, cost=loaded.costs[name])
-            for name, text in loaded.descriptions.items()
-        ]
-        return DefensesResponse(default=loaded.default, defenses=listed)
-
-    @app.get("/v1/card", tags=["describe"], responses=responses(404, path="/v1/card"))
-    async def card() -> Card:
-        """What the bundle's defences were found to be worth when it was evaluated."""
-        found = service.require_loaded().card
-        if found is None:
-            raise Problem(404, "this bundle has no card: it was not evaluated")
-        return found.model_copy(update={"command": None})  # it names files: those are for the operator
-
-
-def _add_health(app: FastAPI, service: Service) -> None:
-    @app.head("/livez", include_in_schema=False)
-    @app.get("/livez", tags=["health"], responses=responses(path="/livez"))
-    async def livez() -> dict[str, str]:
-        """The process runs."""
-        return {"status": "alive"}
-
-    @app.head("/readyz", include_in_schema=False)
-    @app.get("/readyz", tags=["health"], responses=responses(path="/readyz"))
-    async def readyz() -> dict[str, str]:
-        """The bundle is verified, one warm adaptation has run, the engine lives, and the service is not draining."""
-        service.require_loaded()
-        if service.draining:
-            raise Problem(503, "draining")
-        return {"status": "ready"}
-
-    @app.get("/metrics", tags=["health"], responses=responses(path="/metrics"), response_class=Response)
-    async def metrics() -> Response:
-        """Prometheus exposition."""
-        return Response(service.metrics.render(), media_type=CONTENT_TYPE_LATEST)

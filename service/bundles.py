@@ -67,6 +67,8 @@ class Bundles:
         """What is being loaded to take its place, as it was named."""
         self.on_batch: Callable[[BatchSize], None] = lambda size: None
         """Called with each batch that an engine has run."""
+        self.on_live: Callable[[Loaded[Any]], None] = lambda loaded: None
+        """Called with what answers from now on."""
         self.on_death: Callable[[BaseException], None] = lambda error: None
         """Called where the engine that is live ends without having been told to."""
         self._listen(self._live)
@@ -91,7 +93,9 @@ class Bundles:
 
     async def load(self) -> None:
         """Loads the first one. Raises what its engine does."""
-        self.current = self._live.served(await self._live.engine.load())
+        loaded = await self._live.engine.load()
+        self.current = self._live.served(loaded)
+        self.on_live(loaded)
 
     async def swap(self, path: Path, *, named: str, digest: str | None = None) -> Served:
         """Puts the bundle at ``path`` live, which the caller has called ``named``; ``digest``: only if it is that one.
@@ -112,6 +116,7 @@ class Bundles:
             self._listen(fresh)
             self._listen(old)
             self.previous, self.current = self.current, fresh.served(loaded)
+            self.on_live(loaded)
         finally:
             self.loading = None
         logger.info("live: %s (%s); before: %s", named, loaded.bundle.digest, self.previous and self.previous.digest)

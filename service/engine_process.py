@@ -326,6 +326,7 @@ def _show(settings: Settings, found: Message) -> Loaded[Named]:
         defences={name: Elsewhere(name) for name in found["defences"]},
         descriptions=found["defences"],
         costs=found["costs"],
+        seconds=found["seconds"],
         default=found["default"],
         card=read_card(bundle.path, bundle.digest),
     )

@@ -162,6 +162,7 @@ class _Worker:
                 "tuning": loaded.resources.tuning,
                 "defences": dict(loaded.descriptions),
                 "costs": dict(loaded.costs),
+                "seconds": dict(loaded.seconds),
                 "default": loaded.default,
             }
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -26,6 +26,7 @@ from mithridate.errors import MithridateError, OptionError
 from mithridate.evaluation.card import Card, read_card, warning
 from mithridate.exemplars import ExemplarStore
 from mithridate.types import to_images
+from service.ceilings import check_ceilings
 from service.settings import ALL, Settings
 
 logger = logging.getLogger("mithridate.service")
@@ -60,7 +61,8 @@ class Loaded(Generic[D]):
 
     ``resources`` are Shown where another process answers, and the defences then only names. ``costs``: what an image
     takes, relative to the undefended model, None where that was not measured. ``card``: what an evaluation of this
-    bundle found, None where there was none.
+    bundle found, None where there was none. ``seconds``: what one image alone took here, of a defence that fine-tunes
+    a single step.
     """
 
     bundle: Bundle
@@ -70,6 +72,7 @@ class Loaded(Generic[D]):
     costs: Mapping[str, float | None]
     default: str
     card: Card | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
     def defence(self, text: str | None) -> D:
         """The defence a request names, or the default. Raises OptionError where it is not offered."""
@@ -95,16 +98,19 @@ def load(settings: Settings) -> Loaded[Defence]:
         if getattr(defence, "offline", False):
             raise OptionError(f"{text} is for offline comparison only and cannot be served; leave it out of --offer")
     defences = {defence.name: defence for defence in made.values()}
+    check_ceilings(defences.values(), settings)
     card, default = read_card(bundle.path, bundle.digest), made[settings.defense].name
     _say_what_it_is_worth(card, default)
+    costs, took = _warm(resources, defences)
     return Loaded(
         bundle=bundle,
         resources=resources,
         defences=defences,
         descriptions={name: describe_defence(defence) for name, defence in defences.items()},
-        costs=_warm(resources, defences),
+        costs=costs,
         default=default,
         card=card,
+        seconds=took,
     )
 
 
@@ -115,9 +121,10 @@ def _say_what_it_is_worth(card: Card | None, default: str) -> None:
         logger.log(logging.INFO if card is None else logging.WARNING, said)
 
 
-def _warm(resources: Resources, defences: dict[str, Defence]) -> dict[str, float | None]:
+def _warm(resources: Resources, defences: dict[str, Defence]) -> tuple[dict[str, float | None], dict[str, float]]:
     """One answer from every defence, on an exemplar; a single step where the whole network is fine-tuned. Then what a
-    warm one costs relative to the undefended model: none that is fine-tuned, whose single step says nothing.
+    warm one costs relative to the undefended model: none that is fine-tuned, whose single step says nothing; and the
+    seconds.
     """
     images = to_images(torch.from_numpy(resources.exemplars.pixels(torch.tensor([0])).numpy()))
 
@@ -130,6 +137,7 @@ def _warm(resources: Resources, defences: dict[str, Defence]) -> dict[str, float
     base = build_defence("none", resources)
     seconds(base)
     costs: dict[str, float | None] = {}
+    took: dict[str, float] = {}
     for name, defence in defences.items():
         first = seconds(defence)
         logger.info("warmed %s in %.0f ms", name, 1000 * first)
@@ -137,8 +145,8 @@ def _warm(resources: Resources, defences: dict[str, Defence]) -> dict[str, float
         repeats = max(int(first < _LONG), min(_REPEATS, int(_SECONDS / first)))
         pairs = [(seconds(defence), seconds(base)) for _ in range(repeats)] or [(first, seconds(base))]
         mine, plain = (sorted(column)[len(pairs) // 2] for column in zip(*pairs, strict=True))
-        costs[name] = None if _fine_tunes(defence) else mine / plain
-    return costs
+        costs[name], took[name] = None if _fine_tunes(defence) else mine / plain, mine
+    return costs, took
 
 
 def _fine_tunes(defence: Defence) -> bool:

@@ -14,6 +14,11 @@ _ERRORS: dict[int, tuple[str, str]] = {
         "Malformed: the body, the image in it, or the request itself",
         "PNG image is truncated: 93 bytes seen, 105 needed",
     ),
+    401: (
+        "A key is needed; send it as a bearer token",
+        "a key is needed that this service knows; send it as Authorization: Bearer KEY",
+    ),
+    403: ("The key lacks a scope", "this key may not: it lacks the scope choose-defense"),
     404: ("There is none", "this bundle has no card: it was not evaluated"),
     405: ("Another method; Allow names those that are taken", "Method Not Allowed"),
     408: ("Headers or body came too slowly; the connection may be closed", "the body did not arrive within 30 s"),
@@ -36,11 +41,14 @@ _RETRY = {
     "Retry-After": {"description": "Seconds after which to try again", "schema": {"type": "integer", "minimum": 1}}
 }
 _ALLOW = {"Allow": {"description": "The methods that are taken", "schema": {"type": "string"}, "required": True}}
-_HEADERS: dict[int, dict[str, Any]] = {405: _ALLOW, 429: _RETRY, 503: _RETRY}
+_CHALLENGE = {"WWW-Authenticate": {"description": "How to send a key", "schema": {"type": "string"}}}
+_HEADERS: dict[int, dict[str, Any]] = {401: _CHALLENGE, 405: _ALLOW, 429: _RETRY, 503: _RETRY}
 
 CONNECTION_ERRORS = (400, 405, 408, 431, 500, 503)
 """What any address may answer, whatever its route does: the connection and the router come first."""
-PREDICT_ERRORS = (413, 415, 422, 429, 504)
+KEY_ERRORS = (401, 403)
+"""What a route that asks for a key may answer, where the service has any."""
+PREDICT_ERRORS = (*KEY_ERRORS, 413, 415, 422, 429, 504)
 
 _DIGIT = (
     "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAAAAADhZOFXAAAAP0lEQVR4nAXBAQ2AMAwAsIYg4BLugDnhEibhTpCAFSygAAmXMFrISjDqBn19ZkNWRF12"

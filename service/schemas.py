@@ -68,10 +68,12 @@ class AdaptationReport(BaseModel):
 
 class ImagePrediction(Scored):
     top: list[Scored]
-    undefended: Scored
+    undefended: Scored | None = Field(description="The base model's answer; null for callers who may not explain")
     suspicious: bool = Field(description="Base and defended answers differ")
     abstained: bool = Field(description="The label is the defence's best guess, but it does not stand by it")
-    adaptation: AdaptationReport | None
+    adaptation: AdaptationReport | None = Field(
+        description="null where the defence does not adapt, and for callers who may not explain"
+    )
     neighbors: list[Neighbor] | None = Field(default=None, description="Only with explain, nearest first")
 
 

@@ -30,8 +30,9 @@ def serve(settings: Settings) -> None:
         raise OptionError(f"log level {settings.log_level!r} is unknown; allowed: {', '.join(LOG_LEVELS)}")
     logs.configure(settings)
     Bundle.open(settings.bundle, verify=False)  # a wrong path is said before anything is started
-    listener = _bind(settings)
+    # Refuses what must not be listened at.
     app = create_app(settings.model_copy(update={"isolation": settings.isolation or "process"}))
+    listener = _bind(settings)
     service: Service = app.state.service
     config = uvicorn.Config(
         app,

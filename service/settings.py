@@ -15,6 +15,7 @@ from pydantic_settings import (
 
 from mithridate.defenses import DEFAULT_DEFENCES
 from mithridate.errors import OptionError
+from service.keys import Key
 
 ALL = "all"
 
@@ -46,8 +47,24 @@ class Settings(BaseSettings):
     application that create_app makes elsewhere."""
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """Threads for torch and FAISS; all of the process's cores unless given, shared among several engines on cpu."""
+    keys_file: Path | None = None
+    """A file of API keys, as ``mithridate keys new`` writes it; looked at again when it changes."""
+    keys: tuple[Key, ...] = ()
+    """API keys beside those of the file: a list of the same objects."""
+    insecure_no_keys: bool = False
+    """Listen at other addresses than loopback without keys, where something before the service asks who is there."""
     queue_size: Annotated[int, Field(ge=1)] = 64
     """Requests admitted at once; more are answered 429."""
+    queue_seconds: Annotated[float, Field(gt=0)] = 10
+    """Estimated seconds of the engine that all admitted requests may need together; more are answered 429."""
+    max_neighbors: Annotated[int, Field(ge=1)] | None = None
+    """Neighbours an image that an offered defence may use; one with more is refused at the start."""
+    max_steps: Annotated[int, Field(ge=1)] | None = None
+    """Steps, or epochs, an image that an offered defence may adapt for; one with more is refused at the start."""
+    max_passes: Annotated[int, Field(ge=1)] | None = None
+    """Random passes an image that an offered defence may average; one with more is refused at the start."""
+    confidence_decimals: Annotated[int, Field(ge=0, le=15)] | None = None
+    """Decimals of a confidence that callers without the scope ``explain`` are shown; all unless given."""
     max_images: Annotated[int, Field(ge=1)] = 64
     """Images in one request."""
     max_batch_images: Annotated[int, Field(ge=1)] = 64
@@ -159,7 +176,9 @@ def load_settings(config: Path | None = None, **flags: Any) -> Settings:
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"]))
-        seen = "" if first["type"] == "missing" else f"; seen: {first['input']!r}"
+        # Of keys nothing is quoted: what stands in the wrong place could be one.
+        quoted = first["type"] != "missing" and first["loc"][:1] != ("keys",)
+        seen = f"; seen: {first['input']!r}" if quoted else ""
         raise OptionError(f"setting {name}: {first['msg']}{seen}") from error
     except ValueError as error:  # a TOML file that is not TOML, an environment variable that is not JSON
         raise OptionError(f"cannot read the settings: {error}") from error

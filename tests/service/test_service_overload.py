@@ -23,7 +23,7 @@ from service.settings import load_settings
 @pytest.fixture(scope="module")
 def server(digits_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     log = tmp_path_factory.mktemp("server") / "log"
-    server = ServerProcess(log, bundle=digits_bundle, threads=1, offer=["none", "rmc", SLOW])
+    server = ServerProcess(log, bundle=digits_bundle, threads=1, queue_seconds=60, offer=["none", "rmc", SLOW])
     try:
         wait_ready(server.client)
         yield server

@@ -69,6 +69,12 @@ def test_settings_do_not_change() -> None:
 BAD: dict[str, Any] = {
     "port": [-1, 65_536, "http", 1.5],
     "queue_size": [0, -1, "many"],
+    "queue_seconds": [0, -1, float("nan")],
+    "max_neighbors": [0],
+    "max_steps": [0],
+    "max_passes": [0],
+    "confidence_decimals": [-1, 16],
+    "insecure_no_keys": ["perhaps"],
     "max_images": [0],
     "max_batch_images": [0],
     "max_body_bytes": [0],
