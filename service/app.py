@@ -25,6 +25,7 @@ from service.engine import Engine
 from service.loading import Loaded
 from service.metrics import Metrics
 from service.middleware import RequestIdMiddleware
+from service.oip import add_open_inference
 from service.problems import Problem, request_id, to_problem
 from service.reports import report_bundle, report_images
 from service.schemas import (
@@ -224,6 +225,7 @@ def create_app(settings: Settings) -> FastAPI:
     _add_predict(app, service)
     _add_descriptions(app, service)
     _add_health(app, service)
+    add_open_inference(app, service)
     return app
 
 

@@ -31,9 +31,9 @@ _ALLOWED = "allowed: image/png, image/jpeg, image/webp, multipart/form-data, app
 
 @dataclass(frozen=True, kw_only=True)
 class Upload:
-    """Encoded images and the options that came with them."""
+    """Images and the options that came with them. An image is an encoded file, or pixels: uint8 ``[C, H, W]``."""
 
-    files: Sequence[bytes]
+    files: Sequence[bytes | NDArray[np.uint8]]
     options: PredictOptions
 
 
@@ -42,7 +42,7 @@ async def read_upload(request: Request, options: PredictOptions, settings: Setti
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type not in (*RAW_TYPES, "multipart/form-data", "application/json"):
         raise Problem(415, f"content type {media_type or '(none)'!r} is not taken; {_ALLOWED}")
-    body = await _read_body(request, settings)
+    body = await read_body(request, settings)
     if not body:
         raise Problem(400, "the body is empty; send an image")
     if media_type == "application/json":
@@ -52,14 +52,16 @@ async def read_upload(request: Request, options: PredictOptions, settings: Setti
 
 
 async def decode_upload(
-    files: Sequence[bytes], manifest: Manifest, settings: Settings, executor: Executor
+    files: Sequence[bytes | NDArray[np.uint8]], manifest: Manifest, settings: Settings, executor: Executor
 ) -> NDArray[np.uint8]:
     """uint8 ``[N, C, H, W]`` in the bundle's shape; decoding runs in ``executor``. Raises Problem."""
     limits = ImageLimits(max_bytes=settings.max_body_bytes, max_pixels=settings.max_pixels)
 
-    def decode(number: int, data: bytes) -> NDArray[np.uint8]:
+    def decode(number: int, data: bytes | NDArray[np.uint8]) -> NDArray[np.uint8]:
         try:
-            image = decode_image(data, channels=manifest.image_shape[0], limits=limits)
+            image = (
+                decode_image(data, channels=manifest.image_shape[0], limits=limits) if isinstance(data, bytes) else data
+            )
             return fit_image(image, shape=manifest.image_shape, resize=manifest.resize)
         except ImageError as error:
             raise to_problem(error, prefix=f"image {number}: " if len(files) > 1 else "") from error
@@ -69,7 +71,7 @@ async def decode_upload(
     return np.stack(await asyncio.gather(*jobs))
 
 
-async def _read_body(request: Request, settings: Settings) -> bytes:
+async def read_body(request: Request, settings: Settings) -> bytes:
     """The body, never more of it than allowed. 413 before it is all here, 408 for one that does not come."""
     too_large = Problem(413, f"the body is larger than {settings.max_body_bytes} bytes")
     declared = request.headers.get("content-length", "")
@@ -103,7 +105,7 @@ def _from_json(body: bytes, request: Request, settings: Settings) -> Upload:
     for name in fields.keys() - PredictBody.model_fields.keys():
         raise Problem(422, f"{name[:80]}: Extra inputs are not permitted")
     if isinstance(fields.get("images"), list):
-        _check_count(len(fields["images"]), settings)
+        check_count(len(fields["images"]), settings)
     try:
         parsed = PredictBody.model_validate(fields)
     except ValidationError as error:
@@ -135,7 +137,7 @@ async def _from_multipart(request: Request, body: bytes, settings: Settings) -> 
     except (MultiPartException, KeyError, ValueError) as error:
         message = getattr(error, "message", str(error))
         if "Too many files" in message:
-            _check_count(settings.max_images + 1, settings)
+            check_count(settings.max_images + 1, settings)
         raise Problem(400, f"not readable as multipart/form-data: {message}") from error
     try:
         files = []
@@ -149,10 +151,11 @@ async def _from_multipart(request: Request, body: bytes, settings: Settings) -> 
         await form.close()
     if not files:
         raise Problem(400, "no part named 'images'; send at least one file of that name")
-    _check_count(len(files), settings)
+    check_count(len(files), settings)
     return files
 
 
-def _check_count(count: int, settings: Settings) -> None:
+def check_count(count: int, settings: Settings) -> None:
+    """Raises Problem 413 for more images than a request may have."""
     if count > settings.max_images:
         raise Problem(413, f"more than {settings.max_images} images in one request; send fewer")
