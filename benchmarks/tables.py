@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from benchmarks import results, tables_attacks, tables_evaluation, tables_random
+from benchmarks import results, tables_attacks, tables_evaluation, tables_random, tables_service
 from benchmarks.markdown import share, table
 
 
@@ -262,6 +262,7 @@ _KINDS: tuple[_Kind, ...] = (
     (lambda content: "gradients" in content, tables_random.pixels),
     (lambda content: "bare_seconds" in content, tables_attacks.cost),
     (lambda content: "extras" in content, tables_attacks.extras),
+    (lambda content: "hostile" in content, tables_service.hostile),
 )
 
 
