@@ -61,12 +61,12 @@ def main(
     clean = [encode_png(image) for image in load_dataset(dataset).images[:images]]
     mine = [*clean[: images // 2], *attacked[images // 2 : images]]
     _configure()
-    with running_service(bundle, 0) as url:
+    with running_service(bundle, 0, patience_seconds=600) as url:
         victim = Victim(url, opened.manifest.name, mine)
         quiet = victim.ask()
         victim.ask()  # warm, for the times
         before = victim.times
-    with running_service(bundle, 0) as url:
+    with running_service(bundle, 0, patience_seconds=600) as url:
         victim = Victim(url, opened.manifest.name, mine)
         hostile = [Hostile(url, opened.manifest.name, attacked[images:], seed + n) for n in range(clients)]
         started = time.perf_counter()
@@ -231,7 +231,7 @@ def _show(path: Path, content: dict[str, Any]) -> None:
         f"the victim's answers against those it got alone; {path.name}",
         ["when", "answers", "another class", "bit for bit", "largest difference of a score"],
         [
-            [row["when"], row["answers"], row["other_classes"], row["identical"], f"{row['largest']:.1e}"]
+            [*(str(row[key]) for key in ("when", "answers", "other_classes", "identical")), f"{row['largest']:.1e}"]
             for row in content["victim"]["rows"]
         ],
     )

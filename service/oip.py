@@ -16,7 +16,7 @@ from mithridate.bundle import Manifest
 from service.loading import Loaded
 from service.oip_examples import INFER_ANSWERS, INFER_BODY, INFER_ERRORS, errors
 from service.oip_request import INPUT, Inference, json_length, parse_infer
-from service.oip_response import OUTPUTS, SCORES, describe_outputs, encode_answer, wanted_outputs
+from service.oip_response import OUTPUTS, classes_needed, describe_outputs, encode_answer, wanted_outputs
 from service.oip_schemas import (
     ModelMetadata,
     ModelReady,
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from service.app import Service
 
 EXTENSIONS = ("binary_tensor_data", "classification")
-_ALL_CLASSES = 2**31
-"""More than any model has: its number may change with the bundle while a request is on its way."""
 
 
 def short_version(digest: str) -> str:
@@ -168,26 +166,20 @@ def _describe_input(manifest: Manifest) -> TensorMetadata:
 async def _infer(service: Service, request: Request, name: str, version: str | None) -> Response:
     """Answers one request to infer, through the same admission, decoder and queue as the native API."""
     loaded = _require_model(service.require_loaded(), name, version)
-    loop = asyncio.get_running_loop()
     found: list[tuple[Inference, list[RequestedOutput]]] = []
 
     async def read() -> Upload:
         length = json_length(request)
         body = await read_body(request, service.settings)
-        manifest = loaded.bundle.manifest
-        # Megabytes of numbers in JSON take a while; the event loop has others to serve.
-        parsed = await loop.run_in_executor(service.decoders, parse_infer, body, length, manifest, service.settings)
+        # Numbers in JSON take a while to read, and so does writing many; the event loop has others to serve.
+        parsed = await asyncio.to_thread(parse_infer, body, length, loaded.bundle.manifest, service.settings)
         wanted = wanted_outputs(parsed.asked, list(OUTPUTS))
         found.append((parsed, wanted))
         parameters = parsed.asked.parameters
         options = PredictOptions(defense=parameters.defense, deadline_ms=parameters.deadline_ms)
-        if any(output.name == SCORES for output in wanted):
-            options = options.model_copy(update={"top_k": _ALL_CLASSES})
-        return Upload(files=parsed.images, options=options)
+        return Upload(files=parsed.images, options=options.model_copy(update={"top_k": classes_needed(wanted)}))
 
     answer = await service.answer(request, read)
     _require_version(answer.bundle.digest, name, version)  # a new bundle may have gone live meanwhile
     parsed, wanted = found[0]
-    return await loop.run_in_executor(
-        service.decoders, encode_answer, answer, parsed.asked, wanted, short_version(answer.bundle.digest)
-    )
+    return await asyncio.to_thread(encode_answer, answer, parsed.asked, wanted, short_version(answer.bundle.digest))

@@ -27,6 +27,9 @@ OUTPUTS: dict[str, Datatype] = {
 """All but ``scores`` ``[N, classes]`` are ``[N]``."""
 
 SCORES = "scores"
+_ALL_CLASSES = 2**31
+"""More than any model has: its number may change with the bundle while a request is on its way."""
+
 _DTYPES = {"INT64": "<i8", "FP32": "<f4", "BOOL": "?"}
 
 
@@ -68,6 +71,12 @@ def wanted_outputs(asked: InferRequest, offered: Sequence[str]) -> list[Requeste
         if output.parameters.classification and output.name != SCORES:
             raise Problem(400, f"output {output.name}: classification is for {SCORES} only")
     return asked.outputs
+
+
+def classes_needed(wanted: Sequence[RequestedOutput]) -> int:
+    """How many of the best classes the native answer must list for these outputs."""
+    asked = [output.parameters.classification or _ALL_CLASSES for output in wanted if output.name == SCORES]
+    return max(asked, default=1)
 
 
 def encode_answer(

@@ -124,6 +124,9 @@ FORMS: dict[str, Callable[[TestClient, Any], httpx2.Response]] = {
     "uint8 flat": lambda client, x: client.post(INFER, json=request(x.ravel().tolist())),
     "uint8 nested": lambda client, x: client.post(INFER, json=request(x.tolist())),
     "uint8 binary": lambda client, x: send_binary(client, binary(x.size), x.tobytes()),
+    "uint8 binary, binary outputs": lambda client, x: send_binary(
+        client, binary(x.size, parameters={"binary_data_output": True}), x.tobytes()
+    ),
     "uint8 NHWC": lambda client, x: client.post(
         INFER,
         json=request(x.transpose(0, 2, 3, 1).tolist(), shape=(4, 8, 8, 1), parameters={"layout": "NHWC"}),
@@ -131,7 +134,7 @@ FORMS: dict[str, Callable[[TestClient, Any], httpx2.Response]] = {
     "fp32": lambda client, x: client.post(INFER, json=request((x / 255).tolist(), "FP32")),
     "fp32 binary": lambda client, x: send_binary(client, binary(4 * x.size, "FP32"), (x / 255).astype("<f4").tobytes()),
     "fp32 between levels": lambda client, x: client.post(
-        INFER, json=request(np.clip(x / 255 + 0.4 / 255, 0, 1).tolist(), "FP32")
+        INFER, json=request(np.clip((x + np.resize([0.4, -0.4], x.shape)) / 255, 0, 1).tolist(), "FP32")
     ),
     "bytes": lambda client, x: client.post(
         INFER, json=request([base64.b64encode(encode_png(image)).decode() for image in x], "BYTES", (4,))
