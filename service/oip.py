@@ -49,12 +49,12 @@ def add_open_inference(app: FastAPI, service: Service) -> None:
 
 
 def _add_server(app: FastAPI, service: Service) -> None:
-    @app.get("/v2", tags=["open inference protocol"])
+    @app.get("/v2", tags=["open inference protocol"], responses=errors())
     async def server_metadata() -> ServerMetadata:
         """What the server is, and which extensions of the protocol it has."""
         return ServerMetadata(name="mithridate", version=__version__, extensions=list(EXTENSIONS))
 
-    @app.get("/v2/health/live", tags=["open inference protocol"])
+    @app.get("/v2/health/live", tags=["open inference protocol"], responses=errors())
     async def server_live() -> ServerLive:
         """The process runs."""
         return ServerLive(live=True)

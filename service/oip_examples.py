@@ -118,16 +118,18 @@ INFER_ANSWERS: dict[int | str, dict[str, Any]] = {
 _ERRORS = {
     400: ("malformed or unusable", "input images: the shape is [1, 8, 8]; allowed: [N, 1, H, W], no axis empty"),
     404: ("no such model or version", "there is no model 'mnist' here; served: digits-small-cnn"),
+    405: ("another method", "Method Not Allowed"),
     408: ("the body did not arrive in time", "the body did not arrive within 30 s"),
     413: ("too many bytes, pixels or images", "more than 64 images in one request; send fewer"),
     429: ("too many requests at once; see Retry-After", "64 requests are waiting already"),
+    500: ("the server failed; the log has the reason", "the server failed to answer"),
     503: ("not ready", "still loading the bundle"),
     504: ("no answer within the deadline", "the deadline passed before there was an answer"),
 }
 
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Responses for these statuses, in the protocol's own form."""
+    """Responses for these statuses, and those that any route may have, in the protocol's own form."""
     return {
         status: {
             "description": _ERRORS[status][0],
@@ -138,7 +140,7 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
                 }
             },
         }
-        for status in statuses
+        for status in sorted({*statuses, 405, 500})
     }
 
 
