@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from benchmarks import results, tables_attacks, tables_evaluation, tables_random
+from benchmarks import results, tables_attacks, tables_evaluation, tables_random, tables_service
 from benchmarks.markdown import share, table
 
 
@@ -289,6 +289,7 @@ _KINDS: tuple[_Kind, ...] = (
     (lambda content: "extras" in content, tables_attacks.extras),
     (lambda content: "fuzzed" in content, _fuzz),
     (lambda content: "near_duplicates" in content, tables_attacks.near_duplicates),
+    (lambda content: "hostile" in content, tables_service.hostile),
 )
 
 

@@ -96,7 +96,7 @@ def _fresh(out: Path) -> Path:
 
 
 @contextmanager
-def running_service(bundle: Path, port: int) -> Iterator[str]:
+def running_service(bundle: Path, port: int, *, patience_seconds: int = 60) -> Iterator[str]:
     """A running service, stopped at the end whatever happens; gives its address."""
     from attack_client.client import Client
     from mithridate.errors import InputError
@@ -107,7 +107,7 @@ def running_service(bundle: Path, port: int) -> Iterator[str]:
     url = f"http://127.0.0.1:{chosen}"
     try:
         with Client(url) as client:
-            for _ in range(60):
+            for _ in range(patience_seconds):
                 try:
                     client.wait_until_ready(1.0)
                     break
@@ -115,7 +115,7 @@ def running_service(bundle: Path, port: int) -> Iterator[str]:
                     if process.poll() is not None:
                         raise typer.Exit(process.returncode) from None
             else:
-                raise InputError(f"the service at {url} did not become ready within a minute")
+                raise InputError(f"the service at {url} did not become ready within {patience_seconds} s")
         yield url
     finally:
         process.send_signal(signal.SIGTERM)

@@ -28,6 +28,7 @@ from service.engines import AnyEngine
 from service.keys import Caller, Scope
 from service.loading import Loaded, Named
 from service.middleware import RequestMiddleware
+from service.oip import add_open_inference
 from service.policy import needs_explain, shown
 from service.problems import Problem, ShedReason, request_id, to_problem
 from service.record import Record
@@ -267,4 +268,5 @@ def create_app(settings: Settings) -> FastAPI:
     )
     add_routes(app, service)
     add_admin(app, service)
+    add_open_inference(app, service)
     return app

@@ -1,4 +1,7 @@
-"""Errors over HTTP: ``application/problem+json`` (RFC 9457), with the request's id and never a traceback."""
+"""Errors over HTTP: ``application/problem+json`` (RFC 9457), with the request's id and never a traceback.
+
+Under ``/v2`` they have the form of the Open Inference Protocol.
+"""
 
 from __future__ import annotations
 
@@ -97,6 +100,10 @@ def request_id(request: Request) -> str:
 
 
 def _response(request: Request, status: int, detail: str, headers: Mapping[str, str]) -> JSONResponse:
+    if request.url.path == "/v2" or request.url.path.startswith("/v2/"):
+        # The Open Inference Protocol has a form of its own, and 400 for whatever is wrong with a tensor.
+        status = 400 if status in (415, 422) else status
+        return JSONResponse({"error": detail}, status_code=status, headers=dict(headers))
     content = {
         "type": "about:blank",
         "title": HTTPStatus(status).phrase,

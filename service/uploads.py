@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from mithridate.bundle import Manifest
 from mithridate.errors import ImageError
-from mithridate.images import ImageLimits, OpenImage, open_image
+from mithridate.images import ImageLimits, OpenImage, fit_image, open_image
 from service.decode_pool import DecodePool
 from service.multipart import read_parts
 from service.problems import Problem, to_problem
@@ -34,9 +34,9 @@ _ALLOWED = "allowed: image/png, image/jpeg, image/webp, multipart/form-data, app
 
 @dataclass(frozen=True, kw_only=True)
 class Upload:
-    """Encoded images and the options that came with them."""
+    """Images and the options that came with them. An image is an encoded file, or pixels: uint8 ``[C, H, W]``."""
 
-    files: Sequence[bytes]
+    files: Sequence[bytes | NDArray[np.uint8]]
     options: PredictOptions
 
 
@@ -55,7 +55,7 @@ async def read_upload(request: Request, options: PredictOptions, settings: Setti
 
 
 async def decode_upload(
-    files: Sequence[bytes], manifest: Manifest, settings: Settings, pool: DecodePool
+    files: Sequence[bytes | NDArray[np.uint8]], manifest: Manifest, settings: Settings, pool: DecodePool
 ) -> NDArray[np.uint8]:
     """uint8 ``[N, C, H, W]`` in the bundle's shape, decoded in ``pool``. Raises Problem, before pixels are decoded
     where the files' headers tell."""
@@ -67,19 +67,38 @@ async def decode_upload(
     return np.stack(decoded)
 
 
-def _open(files: Sequence[bytes], manifest: Manifest, settings: Settings) -> list[OpenImage]:
+class _Raw:
+    """An image that came as its pixels, uint8 ``[C, H, W]``."""
+
+    def __init__(self, image: NDArray[np.uint8], manifest: Manifest) -> None:
+        self.pixels = image.shape[1] * image.shape[2]
+        self._image, self._manifest = image, manifest
+
+    def decode(self) -> NDArray[np.uint8]:
+        """As it came, or fitted as a file of its size would be."""
+        return fit_image(self._image, shape=self._manifest.image_shape, resize=self._manifest.resize)
+
+
+_Opened = OpenImage | _Raw
+
+
+def _open(files: Sequence[bytes | NDArray[np.uint8]], manifest: Manifest, settings: Settings) -> list[_Opened]:
     limits = ImageLimits(max_bytes=settings.max_body_bytes, max_pixels=settings.max_pixels)
-    opened, pixels, allowed = list[OpenImage](), 0, settings.max_request_pixels
+    opened, pixels, allowed = list[_Opened](), 0, settings.max_request_pixels
     for number, data in enumerate(files):
         with _numbered(number, len(files)):
-            opened.append(open_image(data, shape=manifest.image_shape, resize=manifest.resize, limits=limits))
+            opened.append(
+                open_image(data, shape=manifest.image_shape, resize=manifest.resize, limits=limits)
+                if isinstance(data, bytes)
+                else _Raw(data, manifest)
+            )
         pixels += opened[-1].pixels
         if pixels > allowed:
             raise Problem(413, f"the first {number + 1} images have {pixels:,} pixels; at most {allowed:,} are allowed")
     return opened
 
 
-def _groups(images: Sequence[OpenImage]) -> Iterator[tuple[int, list[OpenImage]]]:
+def _groups(images: Sequence[_Opened]) -> Iterator[tuple[int, list[_Opened]]]:
     """(number of the first, images) of parts worth a job each: for a small image the way to a thread costs more."""
     first = 0
     for end in range(1, len(images) + 1):
@@ -88,7 +107,7 @@ def _groups(images: Sequence[OpenImage]) -> Iterator[tuple[int, list[OpenImage]]
             first = end
 
 
-def _decode(images: Sequence[OpenImage], first: int, count: int) -> list[NDArray[np.uint8]]:
+def _decode(images: Sequence[_Opened], first: int, count: int) -> list[NDArray[np.uint8]]:
     decoded = []
     for number, image in enumerate(images, first):
         with _numbered(number, count):

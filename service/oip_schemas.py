@@ -1,0 +1,139 @@
+"""The JSON of the Open Inference Protocol, version 2: what its REST specification and Triton's extensions say.
+
+Fields that are unknown are let pass, as the protocol wants it; parameters that are unknown are refused, so that nobody
+is answered by another defence than the one that was misspelt.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, FailFast, Field, StrictBool, StrictInt
+
+Datatype = Literal["BOOL", "UINT8", "INT64", "FP32", "BYTES"]
+"""Those of the protocol's tensor types that occur here."""
+
+
+class _Parameters(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class InferParameters(_Parameters):
+    """Parameters of a request to infer."""
+
+    defense: Annotated[str, Field(max_length=200)] | None = Field(
+        default=None, description="One of GET /v1/defenses; the service's default unless given"
+    )
+    deadline_ms: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="Answer within this time or with 504; at most the service's own deadline"
+    )
+    layout: Literal["NCHW", "NHWC"] = Field(default="NCHW", description="Order of the axes of UINT8 and FP32 images")
+    binary_data_output: StrictBool = Field(
+        default=False, description="Outputs as binary data, unless one says otherwise"
+    )
+
+
+class InputParameters(_Parameters):
+    """Parameters of an input tensor."""
+
+    binary_data_size: Annotated[StrictInt, Field(ge=0)] | None = Field(
+        default=None, description="The tensor is binary data of so many bytes, after the JSON"
+    )
+
+
+class OutputParameters(_Parameters):
+    """Parameters of a requested output."""
+
+    binary_data: StrictBool | None = Field(default=None, description="Whether to send it as binary data")
+    classification: Annotated[StrictInt, Field(ge=1)] | None = Field(
+        default=None, description="Of scores: so many classes as BYTES, each value:index:label"
+    )
+
+
+class RequestInput(BaseModel):
+    """One input tensor, with ``data`` in JSON or as binary data."""
+
+    name: str
+    shape: Annotated[list[StrictInt], Field(max_length=8), FailFast()]
+    datatype: str
+    parameters: InputParameters = InputParameters()
+    data: Any = Field(default=None, description="Flattened or nested, row-major. BYTES: base64")
+
+
+class RequestedOutput(BaseModel):
+    """One output that the client wants."""
+
+    name: str
+    parameters: OutputParameters = OutputParameters()
+
+
+class InferRequest(BaseModel):
+    """The JSON of a request to infer."""
+
+    id: Annotated[str, Field(max_length=256)] | None = Field(default=None, description="Comes back with the answer")
+    parameters: InferParameters = InferParameters()
+    inputs: Annotated[list[RequestInput], Field(min_length=1, max_length=8), FailFast()]
+    outputs: Annotated[list[RequestedOutput], Field(max_length=16), FailFast()] = Field(
+        default=[], description="All outputs unless given"
+    )
+
+
+class ResponseOutput(BaseModel):
+    """One output tensor; ``data`` is absent where it is sent as binary data."""
+
+    name: str
+    shape: list[int]
+    datatype: Datatype
+    parameters: dict[str, int] | None = None
+    data: list[Any] | None = None
+
+
+class InferResponse(BaseModel):
+    """The JSON of an answer; binary data follows it."""
+
+    model_name: str
+    model_version: str
+    id: str
+    parameters: dict[str, str | float]
+    outputs: list[ResponseOutput]
+
+
+class ServerMetadata(BaseModel):
+    name: str
+    version: str
+    extensions: list[str]
+
+
+class TensorMetadata(BaseModel):
+    name: str
+    datatype: Datatype
+    shape: list[int] = Field(description="-1: of any size")
+    parameters: dict[str, str] | None = None
+
+
+class ModelMetadata(BaseModel):
+    name: str
+    versions: list[str]
+    platform: str
+    inputs: list[TensorMetadata]
+    outputs: list[TensorMetadata]
+
+
+class ServerLive(BaseModel):
+    live: bool
+
+
+class ServerReady(BaseModel):
+    live: bool = Field(description="What the specification calls it")
+    ready: bool
+
+
+class ModelReady(BaseModel):
+    name: str
+    ready: bool
+
+
+class ErrorDocument(BaseModel):
+    """The protocol's own form of an error."""
+
+    error: str
