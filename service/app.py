@@ -22,9 +22,11 @@ from mithridate.evaluation.card import Card
 from service import problems
 from service.batching import Answer, EngineStoppedError
 from service.engine import Engine
+from service.lab import LabOptions, add_lab, choose_lab, metric_name
 from service.loading import Loaded
 from service.metrics import Metrics
 from service.middleware import RequestIdMiddleware
+from service.page import add_page
 from service.problems import Problem, request_id, to_problem
 from service.reports import report_bundle, report_images
 from service.schemas import (
@@ -121,19 +123,20 @@ class Service:
             upload = await read()
             options = upload.options
             defence = self._choose(loaded, options)
-            name, manifest = defence.name, loaded.bundle.manifest
+            name, manifest = metric_name(defence), loaded.bundle.manifest
             deadline_ms = min(options.deadline_ms or math.inf, self.settings.deadline_ms)
             deadline = time.monotonic() + deadline_ms / 1000 - (time.perf_counter() - started)
             decoding = time.perf_counter()
             pixels = await decode_upload(upload.files, manifest, self.settings, self.decoders)
             decoded = time.perf_counter()
             answer = await self._ask(request, defence, pixels, deadline)
+            upload.answered(answer.prediction)
             seconds = {"queue": answer.queue_seconds, "decode": decoded - decoding, **answer.prediction.seconds}
             timings = {phase: 1000 * seconds.get(phase, 0.0) for phase in Timings.model_fields}
             response = PredictResponse(
                 id=request_id(request),
                 bundle=BundleRef(name=manifest.name, digest=loaded.bundle.digest),
-                defense=name,
+                defense=defence.name,
                 predictions=report_images(manifest, loaded.resources.exemplars, answer.prediction, options),
                 batch=BatchReport(requests=answer.batch.requests, images=answer.batch.images),
                 timings_ms=Timings(**{**timings, "total": 1000 * (time.perf_counter() - started)}),
@@ -161,7 +164,7 @@ class Service:
     @staticmethod
     def _choose(loaded: Loaded, options: PredictOptions) -> Defence:
         try:
-            return loaded.defence(options.defense)
+            return choose_lab(loaded, options) if isinstance(options, LabOptions) else loaded.defence(options.defense)
         except MithridateError as error:
             raise to_problem(error) from error
 
@@ -224,6 +227,8 @@ def create_app(settings: Settings) -> FastAPI:
     _add_predict(app, service)
     _add_descriptions(app, service)
     _add_health(app, service)
+    add_lab(app, service)
+    add_page(app, service)
     return app
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
@@ -19,6 +19,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
 from mithridate.bundle import Manifest
+from mithridate.defenses import Prediction
 from mithridate.errors import ImageError
 from mithridate.images import ImageLimits, decode_image, fit_image
 from service.problems import Problem, to_problem
@@ -35,6 +36,8 @@ class Upload:
 
     files: Sequence[bytes]
     options: PredictOptions
+    answered: Callable[[Prediction], None] = lambda prediction: None
+    """Told what the engine answered, before that is reported."""
 
 
 async def read_upload(request: Request, options: PredictOptions, settings: Settings) -> Upload:

@@ -17,7 +17,7 @@ from mithridate.exemplars import ExemplarStore
 from mithridate.models import PRM, Classifier
 from mithridate.neighbors import NeighborIndex, Neighbors
 from mithridate.tuning import read_tuning
-from mithridate.types import Images, Logits, Scores
+from mithridate.types import Images, Logits, Pixels, Scores
 
 StopReason = Literal["converged", "patience", "max_steps", "deadline", "cancelled"]
 Interruption = Literal["deadline", "cancelled"]
@@ -125,6 +125,7 @@ class Prediction:
     ``scores`` and ``base_scores`` (the undefended model's) are ``[N, C]``; ``adaptations`` and ``neighborhoods`` have
     one entry an image, None where the defence does not adapt or has no neighbours; ``seconds`` by phase.
     ``abstained`` bool ``[N]``: the scores are there, but the defence does not stand by them; None where it never does.
+    ``pixels`` uint8 ``[N, C, H, W]``: the images that were answered, where those are others than were sent.
     """
 
     scores: Scores
@@ -133,6 +134,7 @@ class Prediction:
     neighborhoods: tuple[Neighborhood | None, ...]
     seconds: dict[str, float]
     abstained: torch.Tensor | None = None
+    pixels: Pixels | None = None
 
     def rows(self, start: int, stop: int) -> Prediction:
         """The answer for the images ``start`` to ``stop``; the seconds stay those of the whole."""
@@ -143,6 +145,7 @@ class Prediction:
             neighborhoods=self.neighborhoods[start:stop],
             seconds=dict(self.seconds),
             abstained=None if self.abstained is None else self.abstained[start:stop],
+            pixels=None if self.pixels is None else self.pixels[start:stop],
         )
 
 
