@@ -19,9 +19,9 @@ import typer
 _TESTS = Path(__file__).resolve().parents[1] / "tests"
 sys.path[:0] = [str(_TESTS), str(_TESTS / "service")]  # the browser is driven as the tests drive it
 
-from browser_helpers import Browser, find_browser
-from page_helpers import Visitor
-from service_helpers import ServerProcess, wait_ready
+from browser_helpers import Browser, find_browser  # noqa: E402  found only now
+from page_helpers import Visitor  # noqa: E402
+from service_helpers import ServerProcess, wait_ready  # noqa: E402
 
 EPSILON = 32
 
@@ -46,7 +46,7 @@ def main(
                     _look(visitor, image)
                     if name == "wide":
                         _photograph(browser, out / "page-lab.png", "#lab")
-                    browser.run("document.getElementById('lab').hidden = true; scrollTo(0, 0)")
+                    browser.run("document.getElementById('lab').hidden = true; scrollTo({top: 0, behavior: 'instant'})")
                     browser.run("document.activeElement.blur()")
                     browser.screenshot(out / f"page-{name}.png")
         finally:

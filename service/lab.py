@@ -126,7 +126,8 @@ class LabDefence:
             budget.check()
             moved = images.to(classifier.device)
             if not adaptive:
-                return classifier(moved).to(images.device)
+                base: Logits = classifier(moved)
+                return base.to(images.device)
             return self.inner.surrogate(moved, generator=request.generator, budget=budget).to(images.device)
 
         clean = request.images[:1].cpu()

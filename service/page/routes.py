@@ -85,7 +85,7 @@ class Page:
         """The parts that say what is served."""
         loaded = self._service.require_loaded()
         content = await run_in_threadpool(views.about, loaded, visible=self._visible)
-        return _html(self._views.about(**content, lab=self._service.settings.lab))
+        return _html(self._views.about(about=content))
 
     async def answer(self, request: Request, defense: Annotated[str | None, _ONE_DEFENCE] = None) -> Response:
         """The answer alone."""
@@ -118,9 +118,7 @@ class Page:
         _refuse_other_sites(request)
         options = PredictOptions(defense=defense, top_k=_TOP, explain=True)
         response = await self._service.answer(request, self._one(request, options))
-        content = await run_in_threadpool(
-            views.answer, self._service.require_loaded(), response, visible=self._visible
-        )
+        content = await run_in_threadpool(views.answer, self._service.require_loaded(), response, visible=self._visible)
         return self._views.answer(**content)
 
     def _one(self, request: Request, options: PredictOptions) -> Callable[[], Awaitable[Upload]]:

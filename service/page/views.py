@@ -19,6 +19,8 @@ from service.schemas import ImagePrediction, PredictResponse, Timings
 
 SHOWN = 12
 """Neighbours of a kind that are shown."""
+_VOTES = 6
+"""Labels of neighbours that are shown one by one."""
 
 _STOPPED = {
     "converged": "converged",
@@ -190,13 +192,14 @@ def _samples(loaded: Loaded) -> list[dict[str, Any]]:
 
 
 def _verdict(defense: str, prediction: ImagePrediction) -> dict[str, str]:
-    said, base = prediction.label, prediction.undefended.label
+    said, base = prediction.label, prediction.undefended
     if prediction.abstained:
         text = f"Its best guess is {said}, but it does not stand by it: do not act on this answer."
         return {"kind": "abstains", "title": f"{defense} abstains", "text": text}
     if prediction.suspicious:
         text = "Images that were tampered with tend to do this; so do ambiguous ones."
-        return {"kind": "suspicious", "title": f"Suspicious: the base model says {base}, {defense} says {said}", "text": text}
+        other = f"the base model says {base.label}" if base else "the base model differs"
+        return {"kind": "suspicious", "title": f"Suspicious: {other}, {defense} says {said}", "text": text}
     if defense == "none":
         text = "No defence was asked, so nothing was compared."
         return {"kind": "plain", "title": f"The base model says {said}", "text": text}
@@ -220,14 +223,11 @@ def _votes(prediction: ImagePrediction) -> list[dict[str, Any]]:
     """How the neighbours are labelled, most first."""
     if prediction.adaptation is None:
         return []
-    counts = prediction.adaptation.neighbor_labels
-    total = max(1, sum(counts.values()))
-    listed = [{"label": label, "count": count, "share": 100 * count / total} for label, count in counts.items()]
-    rest = listed[SHOWN // 2 :]
-    if len(rest) > 1:
-        count = sum(entry["count"] for entry in rest)
-        listed = [*listed[: SHOWN // 2], {"label": "others", "count": count, "share": 100 * count / total}]
-    return listed
+    counts = list(prediction.adaptation.neighbor_labels.items())
+    if len(counts) > _VOTES + 1:
+        counts = [*counts[:_VOTES], ("others", sum(count for _, count in counts[_VOTES:]))]
+    total = max(1, sum(count for _, count in counts))
+    return [{"label": label, "count": count, "share": 100 * count / total} for label, count in counts]
 
 
 def _outcome(found: LabResponse) -> dict[str, str]:
@@ -237,7 +237,11 @@ def _outcome(found: LabResponse) -> dict[str, str]:
         text = "Both still say what they said. A larger epsilon, or the other attack, may move them."
         return {"kind": "plain", "title": f"Neither is fooled: both say {label}", "text": text}
     if found.defense == "none":
-        return {"kind": "harmed", "title": f"The base model is fooled: it says {base}", "text": "Choose a defence to compare."}
+        return {
+            "kind": "harmed",
+            "title": f"The base model is fooled: it says {base}",
+            "text": "Choose a defence to compare.",
+        }
     if defended == label:
         text = f"The base model now says {base}. One image is an anecdote: the card below says what holds over many."
         return {"kind": "repaired", "title": f"{found.defense} still says {label}", "text": text}

@@ -67,6 +67,11 @@ class Visitor:
                 **({"text": text} if text and kind == "keyDown" else {}),
             )  # fmt: skip
 
+    def tab(self) -> str:
+        """To the next control; gives its name."""
+        self.press("Tab", code=9)
+        return self.focused()
+
     def focused(self) -> str:
         """The name of what has the focus: its id, or what it is."""
         found: str = self.browser.run(
@@ -96,3 +101,39 @@ class Visitor:
             for node in named
             if not node.get("name", {}).get("value", "").strip()
         ]
+
+    def faint(self) -> list[str]:
+        """Texts whose contrast with what is behind them is under WCAG's AA: 4.5, and 3 for large ones."""
+        found: list[str] = self.browser.run(_FAINT)
+        return found
+
+
+_FAINT = """(() => {
+  const canvas = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
+  const rgba = (colour) => {
+    canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
+    return [...canvas.getImageData(0, 0, 1, 1).data];
+  };
+  const luminance = ([r, g, b]) => [r, g, b].map(v => v / 255)
+    .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+  const behind = (element) => {
+    for (let e = element; e; e = e.parentElement) {
+      const colour = rgba(getComputedStyle(e).backgroundColor);
+      if (colour[3] > 250) return colour;
+    }
+    return [255, 255, 255];
+  };
+  const faint = [];
+  for (const e of document.querySelectorAll('body *')) {
+    const text = [...e.childNodes].some(n => n.nodeType == 3 && n.textContent.trim());
+    if (!text || !e.getClientRects().length || e.closest('.visually-hidden, .skip, option, noscript')) continue;
+    const style = getComputedStyle(e), size = parseFloat(style.fontSize);
+    const [one, other] = [luminance(rgba(style.color)), luminance(behind(e))].sort((a, b) => b - a);
+    const least = size >= 24 || (size >= 18.66 && style.fontWeight >= 700) ? 3 : 4.5;
+    const ratio = (one + 0.05) / (other + 0.05);
+    const said = e.textContent.trim().slice(0, 30);
+    if (ratio < least) faint.push(`${e.tagName}.${e.className} ${said}: ${ratio.toFixed(2)}`);
+  }
+  return faint;
+})()"""

@@ -73,14 +73,18 @@ async function ask(target, address, busy) {
   }
 }
 
-const defense = () => $("defense")?.value ?? "";
+// The default is not named: whoever may not choose may still ask.
+function defense() {
+  const chosen = $("defense")?.selectedOptions[0];
+  return chosen && !("default" in chosen.dataset) ? { defense: chosen.value } : {};
+}
 
 function classify() {
   if (!image) {
     $("file").focus();
     return complain($("result"), new Error(unscaled ? "Scale the image first." : "Choose an image first."));
   }
-  return ask($("result"), `page/answer?${new URLSearchParams({ defense: defense() })}`, "Asking");
+  return ask($("result"), `page/answer?${new URLSearchParams(defense())}`, "Asking");
 }
 
 function attack() {
@@ -89,7 +93,7 @@ function attack() {
     return complain($("lab-result"), new Error("Choose an image first."));
   }
   const options = {
-    defense: defense(),
+    ...defense(),
     attack: new FormData($("attack")).get("attack"),
     epsilon: `${$("epsilon").value}/255`,
   };
