@@ -1,20 +1,24 @@
 """The pictures of the page in docs/images/, from a real service in a real browser.
 
-    python -m benchmarks.page_screenshots BUNDLE [--image PNG] [--out docs/images]
+    python -m benchmarks.page_screenshots BUNDLE [--dataset SPEC] [--out docs/images]
 
-Serves BUNDLE with the lab, chooses an image (a training image unless given), attacks it at 32/255, lets the page
+Serves BUNDLE with the lab, chooses an image (the first of SPEC, else a training image), attacks it at 32/255, lets the page
 classify the attacked one, and photographs the page: wide, narrow, dark, and the lab. Needs Chromium, and looks best
 where the font Inter is installed.
 """
 
 from __future__ import annotations
 
+import base64
 import sys
 import tempfile
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from mithridate.datasets import load_dataset
+from mithridate.images import encode_png
 
 _TESTS = Path(__file__).resolve().parents[1] / "tests"
 sys.path[:0] = [str(_TESTS), str(_TESTS / "service")]  # the browser is driven as the tests drive it
@@ -28,7 +32,7 @@ EPSILON = 32
 
 def main(
     bundle: Path,
-    image: Annotated[Path | None, typer.Option(help="What to attack")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Its first image is attacked, as digits[test,3:4]")] = None,
     out: Annotated[Path, typer.Option(help="Where the pictures go")] = Path("docs/images"),
 ) -> None:
     """Takes the pictures."""
@@ -37,6 +41,7 @@ def main(
         raise typer.BadParameter("there is no Chromium on this machine; install one, or name it in CHROMIUM")
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as directory:
+        image = _first(dataset, Path(directory) / "image.png") if dataset else None
         server = ServerProcess(Path(directory) / "log", bundle=bundle, lab=True)
         try:
             wait_ready(server.client)
@@ -55,6 +60,11 @@ def main(
         print(f"{picture}: {picture.stat().st_size / 1000:.0f} kB")
 
 
+def _first(spec: str, path: Path) -> Path:
+    path.write_bytes(encode_png(load_dataset(spec).images[0]))
+    return path
+
+
 def _look(visitor: Visitor, image: Path | None) -> None:
     visitor.wait("[...document.querySelectorAll('.samples img')].every(i => i.complete && i.naturalWidth)")
     if image is None:
@@ -70,8 +80,6 @@ def _look(visitor: Visitor, image: Path | None) -> None:
 
 def _photograph(browser: Browser, path: Path, selector: str) -> None:
     """One part of the page, with a little of what is around it."""
-    import base64
-
     box = browser.run(
         f"""(() => {{ const b = document.querySelector('{selector}').getBoundingClientRect();
         return {{x: b.x - 16, y: b.y + scrollY - 16, width: b.width + 32, height: b.height + 32, scale: 1}} }})()"""
