@@ -32,7 +32,7 @@ EPSILON = 32
 
 def main(
     bundle: Path,
-    dataset: Annotated[str | None, typer.Option(help="Its first image is attacked, as digits[test,3:4]")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Its first image is attacked, as digits[test,:1]")] = None,
     out: Annotated[Path, typer.Option(help="Where the pictures go")] = Path("docs/images"),
 ) -> None:
     """Takes the pictures."""
