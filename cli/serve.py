@@ -48,6 +48,18 @@ def serve(
         float | None, typer.Option(help="After SIGTERM, go on serving this long, not ready (default: 0)")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="One seed for all requests; for tests only")] = None,
+    page: Annotated[bool | None, typer.Option("--page/--no-page", help="The page at / (default: on)")] = None,
+    page_exemplars: Annotated[
+        bool | None,
+        typer.Option(
+            "--page-exemplars/--no-page-exemplars",
+            help="Training images on the page, for callers who may explain (default: on at loopback only)",
+        ),
+    ] = None,
+    lab: Annotated[
+        bool | None,
+        typer.Option("--lab/--no-lab", help="Let clients attack images on the spot: trusted ones only (default: off)"),
+    ] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error (default: info)")] = None,
     log_format: Annotated[str | None, typer.Option(help="text, or json: one object a line (default: text)")] = None,
     otel: Annotated[
@@ -81,6 +93,9 @@ def serve(
             deadline_ms=deadline_ms,
             drain_seconds=drain_seconds,
             seed=seed,
+            page=page,
+            page_exemplars=page_exemplars,
+            lab=lab,
             log_level=log_level,
             log_format=log_format,
             otel=otel,

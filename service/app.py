@@ -26,9 +26,11 @@ from service.collectors import watch_lag
 from service.decode_pool import DecodePool
 from service.engines import AnyEngine
 from service.keys import Caller, Scope
+from service.lab import LabOptions, add_lab, choose_lab, metric_name
 from service.loading import Loaded, Named
 from service.middleware import RequestMiddleware
 from service.oip import add_open_inference
+from service.page import add_page
 from service.policy import needs_explain, shown
 from service.problems import Problem, ShedReason, request_id, to_problem
 from service.record import Record
@@ -159,15 +161,16 @@ class Service:
                 upload = await read()
             options = upload.options
             defence = self._choose(loaded, request, options)
-            record.defense, manifest = defence.name, loaded.bundle.manifest
+            record.defense, manifest = metric_name(defence), loaded.bundle.manifest
             deadline_ms = min(options.deadline_ms or math.inf, self.settings.deadline_ms)
             deadline = time.monotonic() + deadline_ms / 1000 - (time.perf_counter() - started)
-            self.admission.price(ticket, defence.name, len(upload.files), seconds_left=deadline - time.monotonic())
+            self.admission.price(ticket, record.defense, len(upload.files), seconds_left=deadline - time.monotonic())
             decoding = time.perf_counter()
             pixels = await decode_upload(upload.files, manifest, self.settings, self.decoders)
             decoded = time.perf_counter()
             with self.metrics.waits.asking():
                 answer = await self._ask(engine, request, defence, pixels, deadline, ticket)
+            upload.answered(answer.prediction)
             seconds = {"queue": answer.queue_seconds, "decode": decoded - decoding, **answer.prediction.seconds}
             timings = {phase: 1000 * seconds.get(phase, 0.0) for phase in Timings.model_fields}
             reports = report_images(manifest, loaded.resources.exemplars, answer.prediction, options)
@@ -189,7 +192,8 @@ class Service:
         if needs_explain(options):
             self.authorize(request, "explain")
         try:
-            defence: Named = loaded.defence(options.defense)
+            chosen = choose_lab(loaded, options) if isinstance(options, LabOptions) else loaded.defence(options.defense)
+            defence: Named = chosen
         except MithridateError as error:
             raise to_problem(error) from error
         if defence.name != loaded.default:
@@ -269,4 +273,6 @@ def create_app(settings: Settings) -> FastAPI:
     add_routes(app, service)
     add_admin(app, service)
     add_open_inference(app, service)
+    add_lab(app, service)
+    add_page(app, service)
     return app

@@ -21,6 +21,7 @@ from mithridate.errors import BudgetExceededError, MithridateError
 from service import logs
 from service.batching import Answer, BatchSize, EngineStoppedError, Waiting
 from service.engine import Engine
+from service.lab import read_lab
 from service.loading import Loaded
 from service.settings import Settings
 from service.wire import PREFIX, Message, WireError, decode, encode, sizes
@@ -114,7 +115,7 @@ class _Worker:
             if loaded is None:
                 raise EngineStoppedError
             request = self._engine.submit(
-                loaded.defences[message["defence"]],
+                read_lab(message["defence"], loaded) or loaded.defences[message["defence"]],
                 message["pixels"],
                 budget=Budget(deadline=message["deadline"], cancelled=left.is_set),
                 seed=message["seed"],

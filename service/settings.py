@@ -105,6 +105,14 @@ class Settings(BaseSettings):
     """A fixed seed for every request, for tests. Unset, each request gets a secret one."""
     docs: bool = True
     """Whether /docs and /openapi.json are served."""
+    page: bool = True
+    """Whether the page at / is served."""
+    page_exemplars: bool | None = None
+    """Whether the page may show training images, to callers who may explain. Unset: only while the service listens at a
+    loopback address."""
+    lab: bool = False
+    """Whether images may be attacked on the spot (POST /v1/lab/attack and the page). Never where clients are not
+    trusted."""
     log_level: str = "info"
     """debug, info, warning or error."""
     log_format: Literal["text", "json"] = "text"

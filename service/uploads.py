@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +17,7 @@ from pydantic_core import from_json
 from starlette.requests import ClientDisconnect, Request
 
 from mithridate.bundle import Manifest
+from mithridate.defenses import Prediction
 from mithridate.errors import ImageError
 from mithridate.images import ImageLimits, OpenImage, fit_image, open_image
 from service.decode_pool import DecodePool
@@ -38,6 +39,8 @@ class Upload:
 
     files: Sequence[bytes | NDArray[np.uint8]]
     options: PredictOptions
+    answered: Callable[[Prediction], None] = lambda prediction: None
+    """Told what the engine answered, before that is reported."""
 
 
 async def read_upload(request: Request, options: PredictOptions, settings: Settings) -> Upload:

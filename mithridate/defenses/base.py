@@ -17,7 +17,7 @@ from mithridate.exemplars import ExemplarStore
 from mithridate.models import PRM, Classifier
 from mithridate.neighbors import NeighborIndex, Neighbors
 from mithridate.tuning import read_tuning
-from mithridate.types import Embeddings, Images, Logits, Scores
+from mithridate.types import Embeddings, Images, Logits, Pixels, Scores
 
 StopReason = Literal["converged", "patience", "max_steps", "deadline", "cancelled"]
 Interruption = Literal["deadline", "cancelled"]
@@ -136,6 +136,7 @@ class Prediction:
     ``abstained`` bool ``[N]``: the scores are there, but the defence does not stand by them; None where it never does.
     ``embeddings`` float32 ``[N, D]`` on the CPU: the base model's, of the images as they came; None where the defence
     would have to compute them for nothing else.
+    ``pixels`` uint8 ``[N, C, H, W]``: the images that were answered, where those are others than were sent.
     """
 
     scores: Scores
@@ -145,6 +146,7 @@ class Prediction:
     seconds: dict[str, float]
     abstained: torch.Tensor | None = None
     embeddings: Embeddings | None = None
+    pixels: Pixels | None = None
 
     def rows(self, start: int, stop: int) -> Prediction:
         """The answer for the images ``start`` to ``stop``; the seconds stay those of the whole."""
@@ -156,6 +158,7 @@ class Prediction:
             seconds=dict(self.seconds),
             abstained=None if self.abstained is None else self.abstained[start:stop],
             embeddings=None if self.embeddings is None else self.embeddings[start:stop],
+            pixels=None if self.pixels is None else self.pixels[start:stop],
         )
 
 

@@ -1,0 +1,228 @@
+"""The lab: one image is attacked on the spot, and base and defence answer for it before and after.
+
+To the engine an attack is one more defence, with the same deadline and the same cancelling between two steps: it is
+given the image twice, and answers for it as it was and for what the attack made of it.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import torch
+from fastapi import FastAPI, Query, Request
+from pydantic import BaseModel, Field
+
+from mithridate.attacks import PGD
+from mithridate.defenses import Budget, Defence, Outcome, Prediction, Resources
+from mithridate.defenses import Request as Asked
+from mithridate.defenses.base import PhaseClock, answer_one
+from mithridate.errors import BudgetExceededError, OptionError
+from mithridate.images import encode_png
+from mithridate.types import Epsilon, Images, Logits, to_images, to_pixels
+from service.loading import Loaded, Named
+from service.problems import Problem
+from service.schemas import BundleRef, ImagePrediction, PredictOptions, PredictResponse, Scored, Timings
+from service.uploads import Upload, read_upload
+
+if TYPE_CHECKING:
+    from service.app import Service
+
+AttackName = Literal["static", "adaptive"]
+STEPS = 20
+MAX_LEVELS = 64
+_PREFIX = "lab:"
+_CHECKS = 3
+"""Calls of a surrogate that may be random, which a point has to fool on the way."""
+
+
+class LabOptions(PredictOptions):
+    """Query parameters of an attack."""
+
+    attack: AttackName = Field(
+        default="static",
+        description=f"PGD of {STEPS} steps: static on the base model, adaptive through the defence's surrogate",
+    )
+    epsilon: Annotated[str, Field(max_length=16)] = Field(
+        default="8/255", description=f"Largest change of a pixel, 1/255 to {MAX_LEVELS}/255"
+    )
+    label: Annotated[str, Field(max_length=200)] | None = Field(
+        default=None, description="The image's true class; the base model's own answer unless given"
+    )
+
+
+class LabResponse(BaseModel):
+    """What the attack made of an image, and what base (``undefended``) and defence say of both."""
+
+    id: str
+    bundle: BundleRef
+    defense: str
+    attack: AttackName
+    steps: int
+    epsilon: str
+    label: Scored = Field(description="The class that the attack drives the image away from")
+    largest_change: int = Field(description="Of any pixel, in 8-bit levels")
+    clean: ImagePrediction
+    adversarial: ImagePrediction
+    adversarial_png: str = Field(description="base64; lossless: it is the very image that was answered")
+    clean_png: str = Field(description="base64; the image as the model got it")
+    attack_ms: float
+    timings_ms: Timings
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabDefence:
+    """An attack in a defence's clothes: of two images, which should be the same, the second is replaced by what the
+    attack makes of the first, and ``inner`` answers for both. ``label`` None: the base model's answer is attacked."""
+
+    inner: Defence
+    attack: AttackName
+    epsilon: Epsilon
+    label: int | None = None
+
+    batches = False
+
+    @property
+    def name(self) -> str:
+        """Says all about it: ``read_lab`` makes the same one from it, in whichever process the bundle is loaded."""
+        label = "" if self.label is None else self.label
+        return f"{_PREFIX}{self.attack},{self.epsilon.levels},{label},{self.inner.name}"
+
+    @property
+    def resources(self) -> Resources:
+        return self.inner.resources
+
+    def predict(self, images: Images, *, generator: torch.Generator, budget: Budget) -> Prediction:
+        return answer_one(self.predict_together, images, generator, budget)
+
+    def predict_together(self, requests: Sequence[Asked]) -> list[Outcome]:
+        outcomes: list[Outcome] = []
+        for request in requests:
+            try:
+                outcomes.append(self._answer(request))
+            except BudgetExceededError as error:
+                outcomes.append(error)
+        return outcomes
+
+    def surrogate(self, images: Images, *, generator: torch.Generator, budget: Budget) -> Logits:
+        return self.inner.surrogate(images, generator=generator, budget=budget)
+
+    def _answer(self, request: Asked) -> Prediction:
+        clock = PhaseClock(self.resources.classifier.device)
+        with clock.phase("attack"):
+            found = self._attack(request)
+        both = torch.cat([request.images[:1].cpu(), to_images(found)])  # [2, C, H, W]
+        # The generator has moved on: the answer does not repeat the draws that the attack has seen.
+        answer = self.inner.predict(both, generator=request.generator, budget=request.budget)
+        return replace(answer, pixels=to_pixels(both), seconds={**answer.seconds, **clock.seconds})
+
+    def _attack(self, request: Asked) -> torch.Tensor:
+        classifier, budget = self.resources.classifier, request.budget
+        adaptive = self.attack == "adaptive"
+
+        def forward(images: Images) -> Logits:
+            budget.check()
+            moved = images.to(classifier.device)
+            if not adaptive:
+                base: Logits = classifier(moved)
+                return base.to(images.device)
+            return self.inner.surrogate(moved, generator=request.generator, budget=budget).to(images.device)
+
+        clean = request.images[:1].cpu()
+        with torch.no_grad():
+            label = classifier(clean.to(classifier.device)).argmax(1).cpu()
+        if self.label is not None:
+            label = torch.tensor([self.label])
+        pgd = PGD(
+            epsilon=self.epsilon,
+            steps=STEPS,
+            step_size=2.5 * self.epsilon.value / STEPS,
+            loss="margin",
+            checks=_CHECKS if adaptive else 1,
+        )
+        return pgd.run(forward, to_pixels(clean), label, generator=request.generator)
+
+
+def choose_lab(loaded: Loaded[Any], options: LabOptions) -> LabDefence:
+    """What a request asks for. Raises OptionError for what cannot be."""
+    epsilon, classes = Epsilon.parse(options.epsilon), loaded.bundle.manifest.classes
+    if not 1 <= epsilon.levels <= MAX_LEVELS:
+        raise OptionError(f"epsilon {options.epsilon} is out of range; allowed: 1/255 to {MAX_LEVELS}/255")
+    if options.label is not None and options.label not in classes:
+        raise OptionError(f"label {options.label!r} is not a class of this bundle; see GET /v1/bundle")
+    return LabDefence(
+        inner=loaded.defence(options.defense),
+        attack=options.attack,
+        epsilon=epsilon,
+        label=None if options.label is None else classes.index(options.label),
+    )
+
+
+def read_lab(name: str, loaded: Loaded[Any]) -> LabDefence | None:
+    """The one of that ``name``, for an engine that was given nothing else; None where it is not the lab's."""
+    if not name.startswith(_PREFIX):
+        return None
+    attack, levels, label, inner = name.removeprefix(_PREFIX).split(",", 3)
+    return LabDefence(
+        inner=loaded.defences[inner],
+        attack="adaptive" if attack == "adaptive" else "static",
+        epsilon=Epsilon(int(levels)),
+        label=int(label) if label else None,
+    )
+
+
+def metric_name(defence: Named) -> str:
+    """What metrics call a defence: all of the lab's are one."""
+    return "lab" if isinstance(defence, LabDefence) else defence.name
+
+
+async def run_attack(service: Service, request: Request, options: LabOptions) -> LabResponse:
+    """Reads one image and attacks it. Raises Problem."""
+    answers: list[Prediction] = []
+
+    async def read() -> Upload:
+        upload = await read_upload(request, options, service.settings)
+        if upload.options is not options or len(upload.files) != 1:
+            raise Problem(422, "the lab takes one image, as a raw body or a multipart part; options are in the query")
+        return Upload(files=[*upload.files, *upload.files], options=options, answered=answers.append)
+
+    response = await service.answer(request, read)
+    return _report(service.require_loaded(), response, answers[0], options)
+
+
+def _report(loaded: Loaded[Any], response: PredictResponse, prediction: Prediction, options: LabOptions) -> LabResponse:
+    assert prediction.pixels is not None  # LabDefence gives them
+    clean, adversarial = response.predictions
+    pixels = prediction.pixels.numpy()
+    classes = loaded.bundle.manifest.classes
+    index = clean.undefended.class_index if options.label is None else classes.index(options.label)
+    return LabResponse(
+        id=response.id,
+        bundle=response.bundle,
+        defense=response.defense.split(",", 3)[3],
+        attack=options.attack,
+        steps=STEPS,
+        epsilon=options.epsilon,
+        label=Scored(label=classes[index], class_index=index, confidence=float(prediction.base_scores[0, index])),
+        largest_change=int(abs(pixels[1].astype(int) - pixels[0].astype(int)).max()),
+        clean=clean,
+        adversarial=adversarial,
+        clean_png=base64.b64encode(encode_png(pixels[0])).decode(),
+        adversarial_png=base64.b64encode(encode_png(pixels[1])).decode(),
+        attack_ms=1000 * prediction.seconds["attack"],
+        timings_ms=response.timings_ms,
+    )
+
+
+def add_lab(app: FastAPI, service: Service) -> None:
+    """``POST /v1/lab/attack``, where the settings allow it."""
+    if not service.settings.lab:
+        return
+
+    @app.post("/v1/lab/attack", tags=["lab"])
+    async def attack(request: Request, options: Annotated[LabOptions, Query()]) -> LabResponse:
+        """Attacks one image (a raw body, or one multipart part named `images`) within `epsilon`, and answers for it as
+        it was and as the attack left it."""
+        return await run_attack(service, request, options)
