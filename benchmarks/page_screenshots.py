@@ -2,8 +2,8 @@
 
     python -m benchmarks.page_screenshots BUNDLE [--dataset SPEC] [--out docs/images]
 
-Serves BUNDLE with the lab, chooses an image (the first of SPEC, else a training image), attacks it at 32/255, lets the page
-classify the attacked one, and photographs the page: wide, narrow, dark, and the lab. Needs Chromium, and looks best
+Serves BUNDLE with the lab, chooses an image (the first of SPEC, else a training image), attacks it at 32/255, lets the
+page classify the attacked one, and photographs the page: wide, narrow, dark, and the lab. Needs Chromium, looks best
 where the font Inter is installed.
 """
 

@@ -180,6 +180,7 @@ def metric_name(defence: Named) -> str:
 
 async def run_attack(service: Service, request: Request, options: LabOptions) -> LabResponse:
     """Reads one image and attacks it. Raises Problem."""
+    service.authorize(request, "choose-defense", "explain")
     answers: list[Prediction] = []
 
     async def read() -> Upload:
@@ -193,8 +194,9 @@ async def run_attack(service: Service, request: Request, options: LabOptions) ->
 
 
 def _report(loaded: Loaded[Any], response: PredictResponse, prediction: Prediction, options: LabOptions) -> LabResponse:
-    assert prediction.pixels is not None  # LabDefence gives them
     clean, adversarial = response.predictions
+    assert prediction.pixels is not None  # LabDefence gives them
+    assert clean.undefended is not None  # the caller may explain
     pixels = prediction.pixels.numpy()
     classes = loaded.bundle.manifest.classes
     index = clean.undefended.class_index if options.label is None else classes.index(options.label)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from fastapi import FastAPI, Query, Request, Response
@@ -83,9 +83,7 @@ class Page:
 
     async def about(self, request: Request) -> Response:
         """The parts that say what is served."""
-        loaded = self._service.require_loaded()
-        content = await run_in_threadpool(views.about, loaded, visible=self._visible)
-        return _html(self._views.about(about=content))
+        return _html(self._views.about(about=await self._describe(request)))
 
     async def answer(self, request: Request, defense: Annotated[str | None, _ONE_DEFENCE] = None) -> Response:
         """The answer alone."""
@@ -98,8 +96,9 @@ class Page:
         content = await run_in_threadpool(views.lab, self._service.require_loaded(), found)
         return _html(self._views.lab(**content))
 
-    async def exemplar(self, exemplar: int) -> Response:
+    async def exemplar(self, request: Request, exemplar: int) -> Response:
         """One training image as the bundle has it."""
+        self._service.authorize(request, "explain")
         store = self._service.require_loaded().resources.exemplars
         if not self._visible or not 0 <= exemplar < len(store):
             raise Problem(404, "there is no such exemplar, or it is not to be seen")
@@ -116,9 +115,11 @@ class Page:
 
     async def _answer(self, request: Request, defense: str | None) -> str:
         _refuse_other_sites(request)
-        options = PredictOptions(defense=defense, top_k=_TOP, explain=True)
+        explain = self._service.authorize(request, "predict").may("explain")
+        options = PredictOptions(defense=defense, top_k=_TOP if explain else 1, explain=explain)
         response = await self._service.answer(request, self._one(request, options))
-        content = await run_in_threadpool(views.answer, self._service.require_loaded(), response, visible=self._visible)
+        visible = self._visible and explain
+        content = await run_in_threadpool(views.answer, self._service.require_loaded(), response, visible=visible)
         return self._views.answer(**content)
 
     def _one(self, request: Request, options: PredictOptions) -> Callable[[], Awaitable[Upload]]:
@@ -130,16 +131,25 @@ class Page:
 
         return read
 
+    async def _describe(self, request: Request) -> dict[str, Any]:
+        """What is served, as far as the caller may know. Raises Problem."""
+        caller, loaded = self._service.authorize(request, "predict"), self._service.require_loaded()
+        visible = self._visible and caller.may("explain")
+        return await run_in_threadpool(views.about, loaded, visible=visible, choice=caller.may("choose-defense"))
+
     async def _whole(self, request: Request, answer: str | None = None, problem: Problem | None = None) -> Response:
         status = problem.status if problem else 200
         content, lab = None, self._service.settings.lab
         missing: Problem | None = None
         try:
-            loaded = self._service.require_loaded()
-            content = await run_in_threadpool(views.about, loaded, visible=self._visible)
+            content = await self._describe(request)
         except Problem as unavailable:
             missing = unavailable
-            status = unavailable.status if status == 200 else status
+            if problem is None and unavailable.status not in (
+                401,
+                403,
+            ):  # where a key is missing, this is where it goes
+                status = unavailable.status
         html = self._views.page(about=content, missing=missing, answer=answer, problem=problem, lab=lab)
         return _html(html, status=status, headers=problem.headers if problem else missing.headers if missing else {})
 

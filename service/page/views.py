@@ -99,8 +99,8 @@ class Views:
         return wording.printable(self._environment.get_template(f"{name}.html.jinja").render(content))
 
 
-def about(loaded: Loaded[Any], *, visible: bool) -> dict[str, Any]:
-    """Bundle, defences, card and samples."""
+def about(loaded: Loaded[Any], *, visible: bool, choice: bool) -> dict[str, Any]:
+    """Bundle, defences, card and samples; without a ``choice`` the default defence alone."""
     manifest, exemplars = loaded.bundle.manifest, loaded.resources.exemplars
     channels, height, width = manifest.image_shape
     return {
@@ -117,6 +117,7 @@ def about(loaded: Loaded[Any], *, visible: bool) -> dict[str, Any]:
         "defences": [
             {"name": name, "text": text, "cost": _cost(loaded.costs.get(name))}
             for name, text in loaded.descriptions.items()
+            if choice or name == loaded.default
         ],
         "card": loaded.card,
         "samples": _samples(loaded) if visible and len(exemplars) else [],
@@ -232,6 +233,7 @@ def _votes(prediction: ImagePrediction) -> list[dict[str, Any]]:
 
 def _outcome(found: LabResponse) -> dict[str, str]:
     label = found.label.label
+    assert found.adversarial.undefended is not None  # the caller may explain
     base, defended = found.adversarial.undefended.label, found.adversarial.label
     if base == label and defended == label:
         text = "Both still say what they said. A larger epsilon, or the other attack, may move them."
