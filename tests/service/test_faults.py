@@ -1,0 +1,65 @@
+"""What the machine may do to a service that runs: a disk that is full, a clock that jumps."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx2
+import pytest
+from service_helpers import ROOT, Serving, post, predictions, wait_ready
+
+_SERVE = """
+import json, sys
+from service.server import serve
+from service.settings import load_settings
+serve(load_settings(**json.loads(sys.argv[1])))
+"""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_log_that_cannot_be_written_costs_no_answer(digits_bundle: Path, clean: list[bytes]) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings = json.dumps({"bundle": str(digits_bundle), "port": port, "seed": 7, "isolation": "thread"})
+    with Path("/dev/full").open("wb", buffering=0) as full:
+        process = subprocess.Popen([sys.executable, "-c", _SERVE, settings], stdout=full, stderr=full, cwd=ROOT)
+    try:
+        with httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+            _await_port(process, port)
+            wait_ready(client)
+            for file in clean[:3]:
+                assert predictions(post(client, file))
+        process.terminate()
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _await_port(process: subprocess.Popen[bytes], port: int) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        assert process.poll() is None, "the service has ended"
+        with socket.socket() as attempt:
+            if not attempt.connect_ex(("127.0.0.1", port)):
+                return
+        time.sleep(0.05)
+    raise AssertionError("the service did not start")
+
+
+@pytest.mark.parametrize("jump", [-86_400.0, 86_400.0])
+def test_a_clock_that_jumps_changes_no_deadline_and_no_answer(
+    serving: Serving, clean: list[bytes], monkeypatch: pytest.MonkeyPatch, jump: float
+) -> None:
+    with serving() as client:
+        before = predictions(post(client, clean[0], deadline_ms=20_000))
+        real = time.time
+        monkeypatch.setattr(time, "time", lambda: real() + jump)
+        assert predictions(post(client, clean[0], deadline_ms=20_000)) == before
+        assert client.get("/readyz").status_code == 200
