@@ -1,11 +1,13 @@
 """Builds an image and uses it as docker-compose.yml does: confined, not root, on a file system that is read-only.
 
-    deploy/check_image.py [cpu|cuda] [--skip-build] [--build-option=OPTION ...]
+    deploy/check_image.py [cpu|cuda] [--base IMAGE] [--own-pip] [--skip-build] [--build-option=OPTION ...]
 
 It builds a bundle in the image, twice (the second must find it finished), starts the service, waits until the image's
 own health check passes, has digits classified, sends SIGTERM, and wants exit code 0. With docker or podman where an
 engine answers; else with buildah, as root: the same image and settings, entered with unshare and chroot. That way
 needs no engine, but it does not test the engine's own part (cgroup limits, published ports, the health check's timing).
+Both images run on the CPU here, for which the `cuda` one gets MITHRIDATE_DEVICE=cpu: that it is complete, starts and
+answers is checked; that it uses a GPU is not.
 """
 # ruff: noqa: S603, T201
 
@@ -30,11 +32,14 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 USER = 10001
+CERTIFICATES = "/etc/ssl/certs/ca-certificates.crt"  # where Debian has them
 NAME = f"mithridate-check-{os.getpid()}"
 BUILD = ("build", "--dataset", "digits[train]", "--epsilon", "32/255", "--out", "/data/bundle", "--resume")
 BUILD_LIMIT_S = 1200
 READY_LIMIT_S = 120
 STOP_LIMIT_S = 40
+
+SETTINGS = {"MITHRIDATE_DEVICE": "cpu"}
 
 PROBE = """
 import http.client, json, os
@@ -59,7 +64,10 @@ print(f"{right} of 20 digits right, the slowest in {slowest:.1f} ms")
 CONFINEMENT = """
 import os
 
-status = dict(line.split(":\\t", 1) for line in open("/proc/1/status").read().splitlines())
+def status_of(process):
+    return dict(line.split(":\\t", 1) for line in open(f"/proc/{process}/status").read().splitlines())
+
+status = status_of(1)
 assert status["Name"].startswith(("python", "mithridate")), status["Name"]
 assert status["Uid"].split() == ["10001"] * 4, status["Uid"]
 assert int(status["CapBnd"], 16) == 0 and status["NoNewPrivs"] == "1", status
@@ -70,7 +78,9 @@ for path in ("/written", "/opt/venv/written", "/data/written"):
         continue
     raise AssertionError(f"{path} could be written")
 open("/tmp/written", "w").close()
-print(f"process 1 is {status['Name']}, {int(status['VmHWM'].split()[0]) >> 10} MiB at most; only /tmp can be written")
+found = [status_of(process) for process in os.listdir("/proc") if process.isdecimal() and int(process) != os.getpid()]
+peaks = [int(process["VmHWM"].split()[0]) >> 10 for process in found if "VmHWM" in process]
+print(f"process 1 is {status['Name']}; {sum(peaks)} MiB at most in {len(peaks)} processes; only /tmp can be written")
 """
 
 
@@ -125,6 +135,7 @@ class Engine(Machine):
         self.program = program
         self._confined = ["--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges", "--pids-limit=512"]
         self._confined += ["--tmpfs=/tmp:size=256m,mode=1777", "--memory=4g"]
+        self._confined += [f"--env={name}={value}" for name, value in SETTINGS.items()]
 
     def build(self, target: str, options: Sequence[str]) -> None:
         docker_format = ["--format=docker"] if self.program == "podman" else []  # OCI's has no health check
@@ -240,7 +251,7 @@ class Chroot(Machine):
 
     def _enter(self, command: Sequence[str], data: str) -> subprocess.Popen[bytes]:
         unshare = ["unshare", "--mount", "--pid", "--fork", "sh", "-c", self.ENTER, "enter"]
-        settings = [*self._config()["Env"], *self.CONFINED]
+        settings = [*self._config()["Env"], *(f"{name}={value}" for name, value in SETTINGS.items()), *self.CONFINED]
         return subprocess.Popen([*unshare, self._mounted(), str(self._data), data, *settings, *command])
 
     def _config(self) -> dict[str, Any]:
@@ -262,6 +273,8 @@ class Chroot(Machine):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target", nargs="?", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--base", help="the base image (deploy/make_base.py makes one)")
+    parser.add_argument("--own-pip", action="store_true", help="build with this machine's pip index and certificates")
     parser.add_argument("--skip-build", action="store_true", help="use the image that is there")
     parser.add_argument("--build-option", action="append", default=[], help="passed to the build; repeat")
     arguments = parser.parse_args()
@@ -269,11 +282,36 @@ def main() -> None:
     try:
         if not arguments.skip_build:
             with _timed("image built"):
-                machine.build(arguments.target, arguments.build_option)
+                machine.build(arguments.target, _build_options(arguments))
         print(f"-- {machine.size() / 1e9:.2f} GB unpacked", flush=True)
         _check(machine)
     finally:
         machine.close()
+
+
+def _build_options(arguments: argparse.Namespace) -> list[str]:
+    options: list[str] = list(arguments.build_option)
+    if arguments.base:
+        options.append(f"--build-arg=BASE={arguments.base}")
+    return options + (_own_pip() if arguments.own_pip else [])
+
+
+def _own_pip() -> list[str]:
+    """Build options that give the build this machine's indices and certificates; neither reaches an image.
+
+    Indices and wheels in folders of this machine are left out: there is nothing of them inside.
+    """
+    lines = _read(sys.executable, "-m", "pip", "config", "list").splitlines()
+    settings = {name.rpartition(".")[2]: value.strip("'") for name, value in (line.split("=", 1) for line in lines)}
+    options = []
+    for name in ("index-url", "extra-index-url"):
+        addresses = [word for word in settings.get(name, "").replace("\\n", " ").split() if word.startswith("http")]
+        if addresses:
+            options.append(f"--build-arg=PIP_{name.upper().replace('-', '_')}={' '.join(addresses)}")
+    if "cert" in settings:  # mounted over the base's own while the build runs
+        options.append(f"--volume={settings['cert']}:{CERTIFICATES}:ro")
+        options.append(f"--build-arg=PIP_CERT={CERTIFICATES}")
+    return options
 
 
 def _check(machine: Machine) -> None:
