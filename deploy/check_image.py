@@ -87,8 +87,9 @@ print(f"process 1 is {status['Name']}; {sum(peaks)} MiB at most in {len(peaks)} 
 class Machine(ABC):
     """Something that builds the image and runs it."""
 
-    def __init__(self, tag: str) -> None:
+    def __init__(self, tag: str, data: Path | None) -> None:
         self.tag = tag
+        self.data = data
 
     @abstractmethod
     def build(self, target: str, options: Sequence[str]) -> None:
@@ -130,9 +131,10 @@ class Machine(ABC):
 class Engine(Machine):
     """Docker or Podman."""
 
-    def __init__(self, program: str, tag: str) -> None:
-        super().__init__(tag)
+    def __init__(self, program: str, tag: str, data: Path | None) -> None:
+        super().__init__(tag, data)
         self.program = program
+        self._volume = f"{NAME if data is None else data}:/data"
         self._confined = ["--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges", "--pids-limit=512"]
         self._confined += ["--tmpfs=/tmp:size=256m,mode=1777", "--memory=4g"]
         self._confined += [f"--env={name}={value}" for name, value in SETTINGS.items()]
@@ -145,12 +147,13 @@ class Engine(Machine):
         return int(_read(self.program, "image", "inspect", "--format={{.Size}}", self.tag))
 
     def run(self, *arguments: str) -> int:
-        volume = f"--volume={NAME}:/data"
+        volume = f"--volume={self._volume}"
         command = [self.program, "run", "--rm", "--network=none", *self._confined, volume, self.tag, *arguments]
         return subprocess.run(command, timeout=BUILD_LIMIT_S, check=False).returncode
 
     def start(self) -> None:
-        _do(self.program, "run", "--detach", f"--name={NAME}", *self._confined, f"--volume={NAME}:/data:ro", self.tag)
+        volume = f"--volume={self._volume}:ro"
+        _do(self.program, "run", "--detach", f"--name={NAME}", *self._confined, volume, self.tag)
 
     def inside(self, *command: str) -> int:
         return subprocess.run([self.program, "exec", NAME, *command], check=False).returncode
@@ -199,11 +202,11 @@ class Chroot(Machine):
         "--no-new-privs",
     )
 
-    def __init__(self, tag: str) -> None:
-        super().__init__(tag)
+    def __init__(self, tag: str, data: Path | None) -> None:
+        super().__init__(tag, data)
         self._base = ["buildah", "--storage-driver=vfs"]
         self._container = self._root = ""
-        self._data = Path(tempfile.mkdtemp(prefix="mithridate-check-"))
+        self._data = data or Path(tempfile.mkdtemp(prefix="mithridate-check-"))
         os.chown(self._data, USER, USER)
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -247,7 +250,8 @@ class Chroot(Machine):
             self._process.wait()
         if self._container:
             subprocess.run([*self._base, "rm", self._container], check=False, capture_output=True)
-        shutil.rmtree(self._data)
+        if self.data is None:
+            shutil.rmtree(self._data)
 
     def _enter(self, command: Sequence[str], data: str) -> subprocess.Popen[bytes]:
         unshare = ["unshare", "--mount", "--pid", "--fork", "sh", "-c", self.ENTER, "enter"]
@@ -276,9 +280,12 @@ def main() -> None:
     parser.add_argument("--base", help="the base image (deploy/make_base.py makes one)")
     parser.add_argument("--own-pip", action="store_true", help="build with this machine's pip index and certificates")
     parser.add_argument("--skip-build", action="store_true", help="use the image that is there")
+    parser.add_argument("--data", type=Path, help="a folder to be /data, and to keep: a second image uses its bundle")
     parser.add_argument("--build-option", action="append", default=[], help="passed to the build; repeat")
     arguments = parser.parse_args()
-    machine = _machine(f"mithridate:{arguments.target}")
+    if arguments.data is not None and not arguments.data.is_dir():
+        sys.exit(f"failed: there is no folder {arguments.data}")
+    machine = _machine(f"mithridate:{arguments.target}", arguments.data and arguments.data.resolve())
     try:
         if not arguments.skip_build:
             with _timed("image built"):
@@ -340,15 +347,15 @@ def _wait_until_ready(machine: Machine) -> None:
         time.sleep(0.5)
 
 
-def _machine(tag: str) -> Machine:
+def _machine(tag: str, data: Path | None) -> Machine:
     for program in ("docker", "podman"):
         if shutil.which(program) and not subprocess.run([program, "info"], check=False, capture_output=True).returncode:
-            return Engine(program, tag)
+            return Engine(program, tag, data)
     if not shutil.which("buildah"):
         sys.exit("no container engine answers, and there is no buildah: install one of docker, podman, buildah")
     if os.getuid() != 0:
         sys.exit("buildah without an engine needs root here")
-    return Chroot(tag)
+    return Chroot(tag, data)
 
 
 @contextmanager
