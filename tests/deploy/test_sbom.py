@@ -60,7 +60,7 @@ def test_it_lists_the_pinned_versions_of_what_the_service_needs(written: str) ->
             # A +cpu build of the same version is the same release.
             assert component["version"].partition("+")[0] == pins[name], name
         assert component["purl"].startswith(f"pkg:pypi/{name}@")
-    # The same file says: what torch brings along follows torch.
+    # The same file says: what torch and faiss-gpu bring along follows them.
     unpinned = {name for name in components if name not in pins}
     assert all(re.match("nvidia|cuda|triton|setuptools", name) for name in unpinned), unpinned
     assert all(components[name]["licenses"] for name in ("torch", "fastapi", "pillow", "numpy"))
