@@ -13,10 +13,11 @@ project = tomllib.loads(Path('pyproject.toml').read_text())['project']; \
 needs = lambda extra: project['dependencies'] + project['optional-dependencies'][extra]; \
 [Path(extra + '.txt').write_text('\n'.join(needs(extra))) for extra in ('cpu', 'gpu')]"
 
-# --- Shared by the stages that install. pip's own variables choose another index; they reach no final image.
+# --- Shared by the stages that install. pip's own variables choose index and certificates; they reach no final image.
 FROM ${BASE} AS installer
 ARG PIP_INDEX_URL
 ARG PIP_EXTRA_INDEX_URL
+ARG PIP_CERT
 ARG PIP_NO_CACHE_DIR=1
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 # Without pip inside: nothing can be installed in a running container.

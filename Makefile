@@ -8,13 +8,14 @@ EXTRA ?= cpu
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(EXTRA)
 
-.PHONY: help install demo serve test lint format bench clean
+.PHONY: help install demo serve test lint format bench sbom clean
 
 help:
 	@echo "make demo    build, serve, ask and attack the digits classifier; prints a table"
 	@echo "make serve   the same service, left running"
 	@echo "make test    all tests      make lint    formatting, types, arrows between rooms"
 	@echo "make bench   throughput     make install only prepares $(VENV)"
+	@echo "make sbom    build/sbom.cdx.json, what a release consists of"
 
 install: $(STAMP)
 
@@ -45,6 +46,10 @@ format: install
 
 bench: install
 	$(BIN)/python -m benchmarks.throughput
+
+sbom: install
+	@mkdir -p build
+	$(BIN)/python deploy/sbom.py --extra $(EXTRA) --out build/sbom.cdx.json
 
 clean:
 	rm -rf build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,11 +1,13 @@
 """Builds an image and uses it as docker-compose.yml does: confined, not root, on a file system that is read-only.
 
-    deploy/check_image.py [cpu|cuda] [--skip-build] [--build-option=OPTION ...]
+    deploy/check_image.py [cpu|cuda] [--base IMAGE] [--own-pip] [--skip-build] [--build-option=OPTION ...]
 
 It builds a bundle in the image, twice (the second must find it finished), starts the service, waits until the image's
 own health check passes, has digits classified, sends SIGTERM, and wants exit code 0. With docker or podman where an
 engine answers; else with buildah, as root: the same image and settings, entered with unshare and chroot. That way
 needs no engine, but it does not test the engine's own part (cgroup limits, published ports, the health check's timing).
+Both images run on the CPU here, for which the `cuda` one gets MITHRIDATE_DEVICE=cpu: that it is complete, starts and
+answers is checked; that it uses a GPU is not.
 """
 # ruff: noqa: S603, T201
 
@@ -30,13 +32,14 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 USER = 10001
+CERTIFICATES = "/etc/ssl/certs/ca-certificates.crt"  # where Debian has them
 NAME = f"mithridate-check-{os.getpid()}"
-OPEN = "MITHRIDATE_INSECURE_NO_KEYS=true"
-"""Nobody but this script reaches the container: no port of it is published."""
 BUILD = ("build", "--dataset", "digits[train]", "--epsilon", "32/255", "--out", "/data/bundle", "--resume")
 BUILD_LIMIT_S = 1200
 READY_LIMIT_S = 120
 STOP_LIMIT_S = 40
+
+SETTINGS = {"MITHRIDATE_DEVICE": "cpu", "MITHRIDATE_INSECURE_NO_KEYS": "true"}
 
 PROBE = """
 import http.client, json, os
@@ -61,7 +64,10 @@ print(f"{right} of 20 digits right, the slowest in {slowest:.1f} ms")
 CONFINEMENT = """
 import os
 
-status = dict(line.split(":\\t", 1) for line in open("/proc/1/status").read().splitlines())
+def status_of(process):
+    return dict(line.split(":\\t", 1) for line in open(f"/proc/{process}/status").read().splitlines())
+
+status = status_of(1)
 assert status["Name"].startswith(("python", "mithridate")), status["Name"]
 assert status["Uid"].split() == ["10001"] * 4, status["Uid"]
 assert int(status["CapBnd"], 16) == 0 and status["NoNewPrivs"] == "1", status
@@ -72,15 +78,18 @@ for path in ("/written", "/opt/venv/written", "/data/written"):
         continue
     raise AssertionError(f"{path} could be written")
 open("/tmp/written", "w").close()
-print(f"process 1 is {status['Name']}, {int(status['VmHWM'].split()[0]) >> 10} MiB at most; only /tmp can be written")
+found = [status_of(process) for process in os.listdir("/proc") if process.isdecimal() and int(process) != os.getpid()]
+peaks = [int(process["VmHWM"].split()[0]) >> 10 for process in found if "VmHWM" in process]
+print(f"process 1 is {status['Name']}; {sum(peaks)} MiB at most in {len(peaks)} processes; only /tmp can be written")
 """
 
 
 class Machine(ABC):
     """Something that builds the image and runs it."""
 
-    def __init__(self, tag: str) -> None:
+    def __init__(self, tag: str, data: Path | None) -> None:
         self.tag = tag
+        self.data = data
 
     @abstractmethod
     def build(self, target: str, options: Sequence[str]) -> None:
@@ -122,11 +131,13 @@ class Machine(ABC):
 class Engine(Machine):
     """Docker or Podman."""
 
-    def __init__(self, program: str, tag: str) -> None:
-        super().__init__(tag)
+    def __init__(self, program: str, tag: str, data: Path | None) -> None:
+        super().__init__(tag, data)
         self.program = program
+        self._volume = f"{NAME if data is None else data}:/data"
         self._confined = ["--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges", "--pids-limit=512"]
         self._confined += ["--tmpfs=/tmp:size=256m,mode=1777", "--memory=4g"]
+        self._confined += [f"--env={name}={value}" for name, value in SETTINGS.items()]
 
     def build(self, target: str, options: Sequence[str]) -> None:
         docker_format = ["--format=docker"] if self.program == "podman" else []  # OCI's has no health check
@@ -136,21 +147,13 @@ class Engine(Machine):
         return int(_read(self.program, "image", "inspect", "--format={{.Size}}", self.tag))
 
     def run(self, *arguments: str) -> int:
-        volume = f"--volume={NAME}:/data"
+        volume = f"--volume={self._volume}"
         command = [self.program, "run", "--rm", "--network=none", *self._confined, volume, self.tag, *arguments]
         return subprocess.run(command, timeout=BUILD_LIMIT_S, check=False).returncode
 
     def start(self) -> None:
-        _do(
-            self.program,
-            "run",
-            "--detach",
-            f"--name={NAME}",
-            *self._confined,
-            f"--env={OPEN}",
-            f"--volume={NAME}:/data:ro",
-            self.tag,
-        )
+        volume = f"--volume={self._volume}:ro"
+        _do(self.program, "run", "--detach", f"--name={NAME}", *self._confined, volume, self.tag)
 
     def inside(self, *command: str) -> int:
         return subprocess.run([self.program, "exec", NAME, *command], check=False).returncode
@@ -199,11 +202,11 @@ class Chroot(Machine):
         "--no-new-privs",
     )
 
-    def __init__(self, tag: str) -> None:
-        super().__init__(tag)
+    def __init__(self, tag: str, data: Path | None) -> None:
+        super().__init__(tag, data)
         self._base = ["buildah", "--storage-driver=vfs"]
         self._container = self._root = ""
-        self._data = Path(tempfile.mkdtemp(prefix="mithridate-check-"))
+        self._data = data or Path(tempfile.mkdtemp(prefix="mithridate-check-"))
         os.chown(self._data, USER, USER)
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -247,11 +250,12 @@ class Chroot(Machine):
             self._process.wait()
         if self._container:
             subprocess.run([*self._base, "rm", self._container], check=False, capture_output=True)
-        shutil.rmtree(self._data)
+        if self.data is None:
+            shutil.rmtree(self._data)
 
     def _enter(self, command: Sequence[str], data: str) -> subprocess.Popen[bytes]:
         unshare = ["unshare", "--mount", "--pid", "--fork", "sh", "-c", self.ENTER, "enter"]
-        settings = [*self._config()["Env"], OPEN, *self.CONFINED]
+        settings = [*self._config()["Env"], *(f"{name}={value}" for name, value in SETTINGS.items()), *self.CONFINED]
         return subprocess.Popen([*unshare, self._mounted(), str(self._data), data, *settings, *command])
 
     def _config(self) -> dict[str, Any]:
@@ -273,18 +277,48 @@ class Chroot(Machine):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target", nargs="?", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--base", help="the base image (deploy/make_base.py makes one)")
+    parser.add_argument("--own-pip", action="store_true", help="build with this machine's pip index and certificates")
     parser.add_argument("--skip-build", action="store_true", help="use the image that is there")
+    parser.add_argument("--data", type=Path, help="a folder to be /data, and to keep: a second image uses its bundle")
     parser.add_argument("--build-option", action="append", default=[], help="passed to the build; repeat")
     arguments = parser.parse_args()
-    machine = _machine(f"mithridate:{arguments.target}")
+    if arguments.data is not None and not arguments.data.is_dir():
+        sys.exit(f"failed: there is no folder {arguments.data}")
+    machine = _machine(f"mithridate:{arguments.target}", arguments.data and arguments.data.resolve())
     try:
         if not arguments.skip_build:
             with _timed("image built"):
-                machine.build(arguments.target, arguments.build_option)
+                machine.build(arguments.target, _build_options(arguments))
         print(f"-- {machine.size() / 1e9:.2f} GB unpacked", flush=True)
         _check(machine)
     finally:
         machine.close()
+
+
+def _build_options(arguments: argparse.Namespace) -> list[str]:
+    options: list[str] = list(arguments.build_option)
+    if arguments.base:
+        options.append(f"--build-arg=BASE={arguments.base}")
+    return options + (_own_pip() if arguments.own_pip else [])
+
+
+def _own_pip() -> list[str]:
+    """Build options that give the build this machine's indices and certificates; neither reaches an image.
+
+    Indices and wheels in folders of this machine are left out: there is nothing of them inside.
+    """
+    lines = _read(sys.executable, "-m", "pip", "config", "list").splitlines()
+    settings = {name.rpartition(".")[2]: value.strip("'") for name, value in (line.split("=", 1) for line in lines)}
+    options = []
+    for name in ("index-url", "extra-index-url"):
+        addresses = [word for word in settings.get(name, "").replace("\\n", " ").split() if word.startswith("http")]
+        if addresses:
+            options.append(f"--build-arg=PIP_{name.upper().replace('-', '_')}={' '.join(addresses)}")
+    if "cert" in settings:  # mounted over the base's own while the build runs
+        options.append(f"--volume={settings['cert']}:{CERTIFICATES}:ro")
+        options.append(f"--build-arg=PIP_CERT={CERTIFICATES}")
+    return options
 
 
 def _check(machine: Machine) -> None:
@@ -313,15 +347,15 @@ def _wait_until_ready(machine: Machine) -> None:
         time.sleep(0.5)
 
 
-def _machine(tag: str) -> Machine:
+def _machine(tag: str, data: Path | None) -> Machine:
     for program in ("docker", "podman"):
         if shutil.which(program) and not subprocess.run([program, "info"], check=False, capture_output=True).returncode:
-            return Engine(program, tag)
+            return Engine(program, tag, data)
     if not shutil.which("buildah"):
         sys.exit("no container engine answers, and there is no buildah: install one of docker, podman, buildah")
     if os.getuid() != 0:
         sys.exit("buildah without an engine needs root here")
-    return Chroot(tag)
+    return Chroot(tag, data)
 
 
 @contextmanager
