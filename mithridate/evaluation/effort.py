@@ -59,9 +59,12 @@ class Pace:
     answer: float
     step: float
 
-    def fit(self, effort: Effort, images: int, *, adapts: bool = True) -> tuple[Effort, tuple[str, ...]]:
-        """The effort that ``images`` still standing allow, and what had to be made smaller. GMSA is another attack than
-        FPA only where the defence ``adapts``."""
+    def fit(
+        self, effort: Effort, images: int, *, asked: int | None = None, adapts: bool = True
+    ) -> tuple[Effort, tuple[str, ...]]:
+        """The effort that ``images`` still standing allow, and what had to be made smaller. Black-box attacks begin
+        anew, with all images that they are ``asked`` about (unless given, those that stand). GMSA is another attack
+        than FPA only where the defence ``adapts``."""
         wanted = (effort.rounds + 1) * (effort.steps * self.step + 2 * self.answer) * images
         notes, fitted = [], effort
         if wanted > effort.seconds:
@@ -75,9 +78,9 @@ class Pace:
         if adapts and most < fitted.rounds:
             fitted = replace(fitted, least_rounds=most)
             notes.append(f"{most} rounds of gmsa-min instead of {effort.rounds}")
-        asked = effort.queries * self.answer * images
-        if asked > effort.seconds:
-            queries = max(20, round(effort.queries * effort.seconds / asked))
+        asking = effort.queries * self.answer * (images if asked is None else asked)
+        if asking > effort.seconds:
+            queries = max(20, round(effort.queries * effort.seconds / asking))
             fitted = replace(fitted, queries=min(queries, effort.queries))
         if fitted.queries != effort.queries:
             notes.append(f"{fitted.queries} queries an image instead of {effort.queries}")

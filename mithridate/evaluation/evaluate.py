@@ -154,7 +154,7 @@ class _Run:
             sent.append(first)
         pace = Pace(**self.store.remember(defence.name, lambda: asdict(pace_of(defence, pixels, seed=plan.seed))))
         standing = len(pixels) if first.stood is None else int(first.stood[-1].sum())
-        effort, reduced = pace.fit(plan.effort, standing, adapts=target.simulation.holds)
+        effort, reduced = pace.fit(plan.effort, standing, asked=len(pixels), adapts=target.simulation.holds)
         target = replace(target, effort=effort)
         todo = columns(target, plan.suite)
         for number, column in enumerate(todo):

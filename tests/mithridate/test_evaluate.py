@@ -217,3 +217,10 @@ def test_effort_is_only_made_smaller_and_that_is_said(pace: Pace, effort: Effort
     said = " ".join(notes)
     for words, which in (("rounds of", {"rounds", "steps"}), ("queries an image", {"queries"}), ("gates", {"probed"})):
         assert (words in said) == bool(which & set(smaller)), words
+
+
+def test_black_box_attacks_are_made_smaller_by_what_they_ask_and_not_by_what_stands() -> None:
+    effort = Effort(queries=1000, seconds=60)
+    fitted, notes = Pace(answer=0.01, step=0.001).fit(effort, 0, asked=200)
+    assert 200 * fitted.queries * 0.01 <= 60
+    assert any("queries" in note for note in notes)
