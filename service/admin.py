@@ -14,13 +14,16 @@ from mithridate.errors import InputError, MithridateError, OptionError
 from service import problems
 from service.access import is_loopback
 from service.bundles import Bundles, Served, SwapBusyError
+from service.openapi import KEY_ERRORS, responses
 from service.problems import Problem
-from service.schemas import BundleRef, ProblemDocument
+from service.schemas import BundleRef
 
 if TYPE_CHECKING:
     from service.app import Service
 
 logger = logging.getLogger("mithridate.service")
+
+_ROLLBACK = "/admin/bundle/rollback"
 
 
 class SwapBody(BaseModel):
@@ -41,28 +44,20 @@ class LiveBundles(BaseModel):
     loading: str | None = Field(description="what is being verified and loaded, as it was named")
 
 
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"content": {problems.MEDIA_TYPE: {"schema": ProblemDocument.model_json_schema()}}, "description": text}
-    for status, text in {
-        403: "not allowed to whoever asks, or no bundle_root is set",
-        409: "another bundle is being loaded, or there is none before this one",
-        422: "there is no such bundle inside the root, or it cannot be served; what was live still is",
-        503: "not ready, or the new engine ended by itself; what was live still is",
-    }.items()
-}
-
-
 def add_admin(app: FastAPI, service: Service) -> None:
     """Adds the routes."""
-    bundles = service.bundles
+    bundles, keys = service.bundles, service.access.dependencies
 
-    @app.get("/admin/bundle", tags=["admin"], responses={403: _ERRORS[403]})
+    def refused(path: str) -> dict[int | str, dict[str, Any]]:
+        return responses(*KEY_ERRORS, 409, 422, path=path)
+
+    @app.get("/admin/bundle", tags=["admin"], responses=responses(*KEY_ERRORS, path="/admin/bundle"), dependencies=keys)
     async def show(request: Request) -> LiveBundles:
         """Which bundle is live, and which one was before it."""
         _allow(service, request)
         return _report(bundles)
 
-    @app.post("/admin/bundle", tags=["admin"], responses=_ERRORS)
+    @app.post("/admin/bundle", tags=["admin"], responses=refused("/admin/bundle"), dependencies=keys)
     async def swap(request: Request, body: SwapBody) -> LiveBundles:
         """Verifies and loads a bundle beside the one that serves, then lets it answer instead: no request is dropped,
         none is answered by both. The answer comes when it is live."""
@@ -71,7 +66,7 @@ def add_admin(app: FastAPI, service: Service) -> None:
         path = _inside(_root(service), body.path)
         return await _change(bundles, bundles.swap(path, named=body.path), hide={path: body.path})
 
-    @app.post("/admin/bundle/rollback", tags=["admin"], responses=_ERRORS)
+    @app.post(_ROLLBACK, tags=["admin"], responses=refused(_ROLLBACK), dependencies=keys)
     async def roll_back(request: Request) -> LiveBundles:
         """Puts the bundle before this one live again, if its digest is still what it was."""
         _allow(service, request)

@@ -23,6 +23,7 @@ from mithridate.errors import BudgetExceededError, OptionError
 from mithridate.images import encode_png
 from mithridate.types import Epsilon, Images, Logits, to_images, to_pixels
 from service.loading import Loaded, Named
+from service.openapi import PREDICT_ERRORS, responses
 from service.problems import Problem
 from service.schemas import BundleRef, ImagePrediction, PredictOptions, PredictResponse, Scored, Timings
 from service.uploads import Upload, read_upload
@@ -223,7 +224,9 @@ def add_lab(app: FastAPI, service: Service) -> None:
     if not service.settings.lab:
         return
 
-    @app.post("/v1/lab/attack", tags=["lab"])
+    answers = responses(*PREDICT_ERRORS, path="/v1/lab/attack")
+
+    @app.post("/v1/lab/attack", responses=answers, tags=["lab"], dependencies=service.access.dependencies)
     async def attack(request: Request, options: Annotated[LabOptions, Query()]) -> LabResponse:
         """Attacks one image (a raw body, or one multipart part named `images`) within `epsilon`, and answers for it as
         it was and as the attack left it."""

@@ -22,6 +22,7 @@ _ERRORS: dict[int, tuple[str, str]] = {
     404: ("There is none", "this bundle has no card: it was not evaluated"),
     405: ("Another method; Allow names those that are taken", "Method Not Allowed"),
     408: ("Headers or body came too slowly; the connection may be closed", "the body did not arrive within 30 s"),
+    409: ("Another bundle is being loaded, or there is none to go back to", "there is no bundle before this one"),
     413: ("Too many bytes, pixels or images", "PNG image of 30000x30000 px: at most 16,384 px a side are allowed"),
     415: (
         "Not an image type that is taken, or not a content type that is taken",

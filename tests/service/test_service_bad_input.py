@@ -195,7 +195,7 @@ def test_the_last_of_two_json_fields_of_one_name_counts(small: TestClient, clean
 
 def test_elsewhere(small: TestClient) -> None:
     check_problem(small.get("/v1/nothing"), 404)
-    check_problem(small.post("/"), 404)
+    check_problem(small.post("/nothing"), 404)
     response = small.get("/v1/predict")
     check_problem(response, 405)
     assert response.headers["allow"] == "POST"

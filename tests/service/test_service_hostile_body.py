@@ -133,6 +133,6 @@ HOSTILE_JSON = {
 @pytest.mark.parametrize(("content", "status"), HOSTILE_JSON.values(), ids=HOSTILE_JSON)
 def test_a_hostile_json_body_is_refused_at_once(client: TestClient, content: bytes, status: int) -> None:
     """One error for every element took the event loop, and with it /livez, half a minute."""
-    started = time.monotonic()
+    started = time.process_time()  # the service is in this process, and the machine may have other work
     check_problem(post(client, content, media_type="application/json"), status)
-    assert time.monotonic() - started < 3
+    assert time.process_time() - started < 3

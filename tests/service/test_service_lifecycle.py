@@ -131,7 +131,7 @@ def test_a_tampered_bundle_is_never_served(
         ({"offer": ["none", "rmc:neighbors=0"]}, "neighbors=0 is out of range"),
         ({"device": "abacus"}, "abacus"),
         ({"log_level": "loud"}, "allowed: debug"),
-        ({"host": "256.1.1.1"}, "cannot listen at 256.1.1.1"),
+        ({"host": "256.1.1.1", "insecure_no_keys": True}, "cannot listen at 256.1.1.1"),
     ],
 )
 def test_what_cannot_be_served_is_said_in_one_line(digits_bundle: Path, flags: dict[str, Any], says: str) -> None:

@@ -51,7 +51,11 @@ def shelf(digits_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Shel
 @pytest.fixture(scope="module")
 def server(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     log = tmp_path_factory.mktemp("server") / "log"
-    patience = {"body_timeout_s": 120, "deadline_ms": 120_000}  # a slow upload outlasts the loading of a bundle
+    patience = {
+        "body_timeout_s": 120,
+        "min_body_rate": 0,
+        "deadline_ms": 120_000,
+    }  # a slow upload outlasts the loading of a bundle
     flags: dict[str, Any] = {"threads": 1, "isolation": "process", "offer": ["none"], "defense": "none", **patience}
     (shelf.root / "live").symlink_to(shelf.root / "digits")
     server = ServerProcess(log, bundle=shelf.root / "live", bundle_root=shelf.root, **flags)

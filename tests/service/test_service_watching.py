@@ -194,7 +194,7 @@ def test_an_address_is_logged_where_that_is_allowed(serving: Serving, clean: lis
     with serving(log_client_address=True) as client:
         post(client, clean[0], defense="none")
     clients = {line["client"] for line in json_lines() if line["logger"] == "mithridate.access"}
-    assert clients == {"testclient"}
+    assert clients == {"127.0.0.1"}
 
 
 def test_lines_name_the_request_they_belong_to() -> None:
