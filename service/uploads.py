@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,7 @@ from mithridate.defenses import Prediction
 from mithridate.errors import ImageError
 from mithridate.images import ImageLimits, OpenImage, fit_image, open_image
 from service.decode_pool import DecodePool
+from service.loading import Loaded
 from service.multipart import read_parts
 from service.problems import Problem, to_problem
 from service.schemas import PredictBody, PredictOptions
@@ -44,8 +45,8 @@ class Upload:
 
     files: Sequence[bytes | NDArray[np.uint8]]
     options: PredictOptions
-    answered: Callable[[Prediction], None] = lambda prediction: None
-    """Told what the engine answered, before that is reported."""
+    answered: Callable[[Loaded[Any], Prediction], None] = lambda loaded, prediction: None
+    """Told what the engine answered, and from which bundle, before that is reported; another may be live by then."""
 
 
 async def read_upload(request: Request, options: PredictOptions, settings: Settings) -> Upload:
