@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import FastAPI, Request
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mithridate.errors import InputError, MithridateError, OptionError
 from service import problems
@@ -17,6 +17,7 @@ from service.bundles import Bundles, Served, SwapBusyError
 from service.openapi import KEY_ERRORS, responses
 from service.problems import Problem
 from service.schemas import BundleRef
+from service.uploads import read_body
 
 if TYPE_CHECKING:
     from service.app import Service
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("mithridate.service")
 
 _ROLLBACK = "/admin/bundle/rollback"
+_MAX_BODY_BYTES = 8192
+"""Of a request that names a bundle: a path of 4096 characters, and what is around it."""
 
 
 class SwapBody(BaseModel):
@@ -34,6 +37,9 @@ class SwapBody(BaseModel):
     path: Annotated[str, Field(min_length=1, max_length=4096)] = Field(
         description="a directory inside the configured root, relative to it", examples=["digits-2"]
     )
+
+
+_BODY = {"requestBody": {"required": True, "content": {"application/json": {"schema": SwapBody.model_json_schema()}}}}
 
 
 class LiveBundles(BaseModel):
@@ -48,8 +54,8 @@ def add_admin(app: FastAPI, service: Service) -> None:
     """Adds the routes."""
     bundles, keys = service.bundles, service.access.dependencies
 
-    def refused(path: str) -> dict[int | str, dict[str, Any]]:
-        return responses(*KEY_ERRORS, 409, 422, path=path)
+    def refused(path: str, *more: int) -> dict[int | str, dict[str, Any]]:
+        return responses(*KEY_ERRORS, 409, 422, *more, path=path)
 
     @app.get("/admin/bundle", tags=["admin"], responses=responses(*KEY_ERRORS, path="/admin/bundle"), dependencies=keys)
     async def show(request: Request) -> LiveBundles:
@@ -57,12 +63,19 @@ def add_admin(app: FastAPI, service: Service) -> None:
         _allow(service, request)
         return _report(bundles)
 
-    @app.post("/admin/bundle", tags=["admin"], responses=refused("/admin/bundle"), dependencies=keys)
-    async def swap(request: Request, body: SwapBody) -> LiveBundles:
+    @app.post(
+        "/admin/bundle",
+        tags=["admin"],
+        responses=refused("/admin/bundle", 413, 415, 429),
+        openapi_extra=_BODY,
+        dependencies=keys,
+    )
+    async def swap(request: Request) -> LiveBundles:
         """Verifies and loads a bundle beside the one that serves, then lets it answer instead: no request is dropped,
         none is answered by both. The answer comes when it is live."""
         _allow(service, request)
         _require_serving(service)
+        body = await _read(request, service)
         path = _inside(_root(service), body.path)
         return await _change(bundles, bundles.swap(path, named=body.path), hide={path: body.path})
 
@@ -73,6 +86,20 @@ def add_admin(app: FastAPI, service: Service) -> None:
         _require_serving(service)
         previous = bundles.previous
         return await _change(bundles, bundles.roll_back(), hide={previous.path: previous.name} if previous else {})
+
+
+async def _read(request: Request, service: Service) -> SwapBody:
+    """What is asked for, read only once it is known who asks. Raises Problem."""
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json":
+        raise Problem(415, f"content type {media_type[:80] or '(none)'!r} is not taken; allowed: application/json")
+    body = await read_body(request, service.settings, max_bytes=_MAX_BODY_BYTES)
+    try:
+        return SwapBody.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part)[:80] for part in ("body", *first["loc"]))
+        raise Problem(422, f"{where}: {first['msg']}; seen: {str(first['input'])[:80]!r}") from error
 
 
 async def _change(bundles: Bundles, change: Awaitable[Served], *, hide: dict[Path, str]) -> LiveBundles:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request
 
 from mithridate import __version__
+from mithridate.defenses import Prediction
 from mithridate.errors import BudgetExceededError, MithridateError
 from service import problems
 from service.access import Access
@@ -34,20 +34,25 @@ from service.page import add_page
 from service.policy import needs_explain, shown
 from service.problems import Problem, ShedReason, request_id, to_problem
 from service.record import Record
-from service.reports import report_images
+from service.reports import count_entries, report_images
 from service.routes import add_routes
 from service.schemas import (
     BatchReport,
     BundleRef,
+    ImagePrediction,
     PredictOptions,
     PredictResponse,
     Timings,
 )
 from service.settings import Settings
 from service.uploads import Upload, decode_upload, read_upload
+from service.wanted import Wanted, late, left, while_wanted
 from service.watching import Watching
 
 logger = logging.getLogger("mithridate.service")
+
+_MANY_ENTRIES = 1000
+"""Classes and neighbours that are reported in about ten milliseconds."""
 
 
 class Service:
@@ -165,20 +170,22 @@ class Service:
             deadline_ms = min(options.deadline_ms or math.inf, self.settings.deadline_ms)
             deadline = time.monotonic() + deadline_ms / 1000 - (time.perf_counter() - started)
             self.admission.price(ticket, record.defense, len(upload.files), seconds_left=deadline - time.monotonic())
-            decoding = time.perf_counter()
-            pixels = await decode_upload(upload.files, manifest, self.settings, self.decoders)
-            decoded = time.perf_counter()
-            with self.metrics.waits.asking():
-                answer = await self._ask(engine, request, defence, pixels, deadline, ticket)
-            upload.answered(answer.prediction)
+            async with while_wanted(request, deadline=deadline, on_leaving=engine.forget_ended) as wanted:
+                decoding = time.perf_counter()
+                with wanted.stopped_at_once():
+                    pixels = await decode_upload(upload.files, manifest, self.settings, self.decoders)
+                decoded = time.perf_counter()
+                with self.metrics.waits.asking():
+                    answer = await self._ask(engine, defence, pixels, wanted, ticket)
+            upload.answered(loaded, answer.prediction)
             seconds = {"queue": answer.queue_seconds, "decode": decoded - decoding, **answer.prediction.seconds}
             timings = {phase: 1000 * seconds.get(phase, 0.0) for phase in Timings.model_fields}
-            reports = report_images(manifest, loaded.resources.exemplars, answer.prediction, options)
+            predictions = await self._report(loaded, answer.prediction, options, caller)
             response = PredictResponse(
                 id=request_id(request),
                 bundle=BundleRef(name=manifest.name, digest=loaded.bundle.digest),
                 defense=defence.name,
-                predictions=shown(reports, caller, confidence_decimals=self.settings.confidence_decimals),
+                predictions=predictions,
                 batch=BatchReport(requests=answer.batch.requests, images=answer.batch.images),
                 timings_ms=Timings(**{**timings, "total": 1000 * (time.perf_counter() - started)}),
             )
@@ -187,6 +194,17 @@ class Service:
             return response
         finally:
             self.admission.leave(ticket)
+
+    async def _report(
+        self, loaded: Loaded[Any], prediction: Prediction, options: PredictOptions, caller: Caller
+    ) -> list[ImagePrediction]:
+        """What the caller is shown; where that is much, written beside the event loop."""
+
+        def write() -> list[ImagePrediction]:
+            reports = report_images(loaded.bundle.manifest, loaded.resources.exemplars, prediction, options)
+            return shown(reports, caller, confidence_decimals=self.settings.confidence_decimals)
+
+        return await asyncio.to_thread(write) if count_entries(prediction, options) > _MANY_ENTRIES else write()
 
     def _choose(self, loaded: Loaded[Any], request: Request, options: PredictOptions) -> Named:
         if needs_explain(options):
@@ -200,42 +218,21 @@ class Service:
             self.authorize(request, "choose-defense")
         return defence
 
-    async def _ask(
-        self, engine: AnyEngine, request: Request, defence: Named, pixels: Any, deadline: float, ticket: Ticket
-    ) -> Answer:
+    async def _ask(self, engine: AnyEngine, defence: Named, pixels: Any, wanted: Wanted, ticket: Ticket) -> Answer:
         """Runs the engine; a client that leaves, or a deadline that passes, stops it between two steps."""
-        cancelled = threading.Event()
-        watch = asyncio.create_task(self._watch(engine, request, cancelled))
         try:
-            async with asyncio.timeout(max(0.0, deadline - time.monotonic())):  # also while others have the engine
-                self.admission.ask(ticket)
-                answer = await engine.predict(defence, pixels, deadline=deadline, cancelled=cancelled)
-                took = sum(answer.prediction.seconds.values())
-                self.admission.settle(ticket, took, images_together=answer.batch.images)
-                return answer
-        except TimeoutError as error:
-            raise Problem(504, "the deadline passed before there was an answer", reason="deadline") from error
+            self.admission.ask(ticket)
+            answer = await engine.predict(defence, pixels, deadline=wanted.deadline, cancelled=wanted.cancelled)
+            took = sum(answer.prediction.seconds.values())
+            self.admission.settle(ticket, took, images_together=answer.batch.images)
+            return answer
         except BudgetExceededError as error:
-            if error.reason == "deadline":
-                raise Problem(504, "the deadline passed before there was an answer", reason="deadline") from error
-            raise Problem(504, "the client left before there was an answer") from error
+            raise (late if error.reason == "deadline" else left)() from error
         except EngineStoppedError as error:
             said = "the service stopped before there was an answer"
             raise Problem(503, said, headers={"Retry-After": "1"}, reason="draining") from error
         except MithridateError as error:
             raise to_problem(error) from error
-        finally:
-            cancelled.set()
-            watch.cancel()
-            with suppress(asyncio.CancelledError):
-                await watch
-
-    async def _watch(self, engine: AnyEngine, request: Request, cancelled: threading.Event) -> None:
-        """Sets ``cancelled`` once the client has gone; the body has been read, so nothing else can arrive."""
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-        cancelled.set()
-        engine.forget_ended()
 
 
 def create_app(settings: Settings) -> FastAPI:

@@ -179,19 +179,23 @@ def metric_name(defence: Named) -> str:
     return "lab" if isinstance(defence, LabDefence) else defence.name
 
 
-async def run_attack(service: Service, request: Request, options: LabOptions) -> LabResponse:
-    """Reads one image and attacks it. Raises Problem."""
+async def run_attack(service: Service, request: Request, options: LabOptions) -> tuple[Loaded[Any], LabResponse]:
+    """Reads one image and attacks it; also what it was answered from. Raises Problem."""
     service.authorize(request, "choose-defense", "explain")
-    answers: list[Prediction] = []
+    answers: list[tuple[Loaded[Any], Prediction]] = []
+
+    def keep(loaded: Loaded[Any], prediction: Prediction) -> None:
+        answers.append((loaded, prediction))
 
     async def read() -> Upload:
         upload = await read_upload(request, options, service.settings)
         if upload.options is not options or len(upload.files) != 1:
             raise Problem(422, "the lab takes one image, as a raw body or a multipart part; options are in the query")
-        return Upload(files=[*upload.files, *upload.files], options=options, answered=answers.append)
+        return Upload(files=[*upload.files, *upload.files], options=options, answered=keep)
 
     response = await service.answer(request, read)
-    return _report(service.require_loaded(), response, answers[0], options)
+    loaded, prediction = answers[0]
+    return loaded, _report(loaded, response, prediction, options)
 
 
 def _report(loaded: Loaded[Any], response: PredictResponse, prediction: Prediction, options: LabOptions) -> LabResponse:
@@ -230,4 +234,4 @@ def add_lab(app: FastAPI, service: Service) -> None:
     async def attack(request: Request, options: Annotated[LabOptions, Query()]) -> LabResponse:
         """Attacks one image (a raw body, or one multipart part named `images`) within `epsilon`, and answers for it as
         it was and as the attack left it."""
-        return await run_attack(service, request, options)
+        return (await run_attack(service, request, options))[1]

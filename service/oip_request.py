@@ -20,12 +20,13 @@ from mithridate.bundle import Manifest
 from service.oip_schemas import InferParameters, InferRequest, InputParameters, OutputParameters, RequestInput
 from service.problems import Problem
 from service.settings import Settings
-from service.uploads import check_count
+from service.uploads import check_count, count_elements
 
 INPUT = "images"
 DATATYPES = ("UINT8", "FP32", "BYTES")
 MAX_JSON_ELEMENTS = 400_000
-"""Elements of all lists in the JSON. Reading more would keep other requests waiting; binary data does not."""
+"""Elements of all lists in the JSON, and the lists themselves. Reading more would keep other requests waiting; binary
+data does not."""
 
 _PARAMETERS: dict[str, type[BaseModel]] = {
     "parameters": InferParameters,
@@ -80,7 +81,7 @@ def parse_infer(body: bytes, length: int | None, manifest: Manifest, settings: S
 
 
 def _parse_json(text: bytes) -> InferRequest:
-    if text.count(b",") >= MAX_JSON_ELEMENTS:
+    if count_elements(text) >= MAX_JSON_ELEMENTS:
         raise Problem(
             413, f"more than {MAX_JSON_ELEMENTS} elements in JSON; send fewer images, or the tensor as binary data"
         )

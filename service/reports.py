@@ -21,6 +21,12 @@ from service.schemas import (
 )
 
 
+def count_entries(prediction: Prediction, options: PredictOptions) -> int:
+    """At most so many classes, or neighbours, ``report_images`` lists."""
+    neighbors = sum(len(one.ids) for one in prediction.neighborhoods if one) if options.explain else 0
+    return max(len(prediction.scores) * min(options.top_k, prediction.scores.shape[1]), neighbors)
+
+
 def report_images(
     manifest: Manifest, exemplars: ExemplarStore, prediction: Prediction, options: PredictOptions
 ) -> list[ImagePrediction]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,7 @@ from mithridate.defenses import Prediction
 from mithridate.errors import ImageError
 from mithridate.images import ImageLimits, OpenImage, fit_image, open_image
 from service.decode_pool import DecodePool
+from service.loading import Loaded
 from service.multipart import read_parts
 from service.problems import Problem, to_problem
 from service.schemas import PredictBody, PredictOptions
@@ -30,6 +32,10 @@ RAW_TYPES = ("image/png", "image/jpeg", "image/webp", "application/octet-stream"
 _RATE_GRACE_S = 5.0
 """How long a body may come at any rate; then its bytes so far, over the time since, must reach ``min_body_rate``."""
 _JOB_PIXELS = 1_048_576
+_SHORT_BYTES = 65_536
+_MAX_JSON_EXTRAS = 4096
+"""Lists, objects and commas in JSON beside one for each image: of its options, and of what is to be told wrong."""
+_Result = TypeVar("_Result")
 _ALLOWED = "allowed: image/png, image/jpeg, image/webp, multipart/form-data, application/json"
 
 
@@ -39,8 +45,8 @@ class Upload:
 
     files: Sequence[bytes | NDArray[np.uint8]]
     options: PredictOptions
-    answered: Callable[[Prediction], None] = lambda prediction: None
-    """Told what the engine answered, before that is reported."""
+    answered: Callable[[Loaded[Any], Prediction], None] = lambda loaded, prediction: None
+    """Told what the engine answered, and from which bundle, before that is reported; another may be live by then."""
 
 
 async def read_upload(request: Request, options: PredictOptions, settings: Settings) -> Upload:
@@ -52,9 +58,17 @@ async def read_upload(request: Request, options: PredictOptions, settings: Setti
     if not body:
         raise Problem(400, "the body is empty; send an image")
     if media_type == "application/json":
-        return _from_json(body, request, settings)
-    files = _from_multipart(request, body, settings) if media_type == "multipart/form-data" else [body]
+        return await _aside(body, partial(_from_json, body, request, settings))
+    files: Sequence[bytes] = [body]
+    if media_type == "multipart/form-data":
+        files = await _aside(body, partial(_from_multipart, request, body, settings))
     return Upload(files=files, options=options)
+
+
+async def _aside(body: bytes, read: Callable[[], _Result]) -> _Result:
+    """What ``read`` makes of the body; in a thread where that takes longer than the way there: the event loop has
+    others to serve."""
+    return read() if len(body) <= _SHORT_BYTES else await asyncio.to_thread(read)
 
 
 async def decode_upload(
@@ -127,11 +141,13 @@ def _numbered(number: int, count: int) -> Iterator[None]:
         raise to_problem(error, prefix=f"image {number}: " if count > 1 else "") from error
 
 
-async def read_body(request: Request, settings: Settings) -> bytes:
-    """The body, never more of it than allowed. 413 before it is all here, 408 for one that does not come."""
-    too_large = Problem(413, f"the body is larger than {settings.max_body_bytes} bytes")
+async def read_body(request: Request, settings: Settings, *, max_bytes: int | None = None) -> bytes:
+    """The body, never more of it than ``max_bytes`` (else the settings') allow. 413 before it is all here, 408 for one
+    that does not come."""
+    most = settings.max_body_bytes if max_bytes is None else min(max_bytes, settings.max_body_bytes)
+    too_large = Problem(413, f"the body is larger than {most} bytes")
     declared = request.headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > settings.max_body_bytes:
+    if declared.isdigit() and int(declared) > most:
         raise too_large
     chunks, size, rate = [], 0, settings.min_body_rate
     loop = asyncio.get_running_loop()
@@ -141,7 +157,7 @@ async def read_body(request: Request, settings: Settings) -> bytes:
         async with asyncio.timeout_at(min(latest, started + _RATE_GRACE_S if rate else latest)) as limit:
             async for chunk in request.stream():
                 size += len(chunk)
-                if size > settings.max_body_bytes:
+                if size > most:
                     raise too_large
                 chunks.append(chunk)
                 if rate:
@@ -158,6 +174,11 @@ async def read_body(request: Request, settings: Settings) -> bytes:
 def _from_json(body: bytes, request: Request, settings: Settings) -> Upload:
     if request.query_params:
         raise Problem(422, "with a JSON body, options are JSON fields; seen: query parameters")
+    # Before it is parsed: each of them takes time and forty times its own bytes. Base64 has none.
+    if count_elements(body) > settings.max_images + _MAX_JSON_EXTRAS:
+        raise Problem(
+            413, f"too many lists, objects and elements in JSON; send at most {settings.max_images} images and options"
+        )
     try:
         fields = from_json(body)
     except ValueError as error:
@@ -198,6 +219,11 @@ def _from_multipart(request: Request, body: bytes, settings: Settings) -> list[b
         raise Problem(400, "no part named 'images'; send at least one file of that name")
     check_count(len(parts), settings)
     return [part.content for part in parts]
+
+
+def count_elements(text: bytes) -> int:
+    """At least as many as the lists and objects in this JSON, and what is in them, beyond the first of each."""
+    return text.count(b",") + text.count(b"[") + text.count(b"{")
 
 
 def check_count(count: int, settings: Settings) -> None:

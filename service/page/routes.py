@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from fastapi import FastAPI, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 
+from mithridate.defenses import Prediction
 from mithridate.images import encode_png
 from service.lab import LabOptions, run_attack
+from service.loading import Loaded
 from service.page import views
 from service.page.callers import shows_exemplars
 from service.problems import Problem
@@ -92,8 +95,8 @@ class Page:
     async def lab(self, request: Request, options: Annotated[LabOptions, Query()]) -> Response:
         """What ``POST /v1/lab/attack`` answers, rendered."""
         _refuse_other_sites(request)
-        found = await run_attack(self._service, request, options)
-        content = await run_in_threadpool(views.lab, self._service.require_loaded(), found)
+        loaded, found = await run_attack(self._service, request, options)
+        content = await run_in_threadpool(views.lab, loaded, found)
         return _html(self._views.lab(**content))
 
     async def exemplar(self, request: Request, exemplar: int) -> Response:
@@ -117,17 +120,21 @@ class Page:
         _refuse_other_sites(request)
         explain = self._service.authorize(request, "predict").may("explain")
         options = PredictOptions(defense=defense, top_k=_TOP if explain else 1, explain=explain)
-        response = await self._service.answer(request, self._one(request, options))
+        answered: list[Loaded[Any]] = []
+        read = self._one(request, options, lambda loaded, prediction: answered.append(loaded))
+        response = await self._service.answer(request, read)
         visible = self._visible and explain
-        content = await run_in_threadpool(views.answer, self._service.require_loaded(), response, visible=visible)
+        content = await run_in_threadpool(views.answer, answered[0], response, visible=visible)
         return self._views.answer(**content)
 
-    def _one(self, request: Request, options: PredictOptions) -> Callable[[], Awaitable[Upload]]:
+    def _one(
+        self, request: Request, options: PredictOptions, answered: Callable[[Loaded[Any], Prediction], None]
+    ) -> Callable[[], Awaitable[Upload]]:
         async def read() -> Upload:
             upload = await read_upload(request, options, self._service.settings)
             if upload.options is not options or len(upload.files) != 1:
                 raise Problem(422, f"the page takes one image at a time; seen: {len(upload.files)}")
-            return upload
+            return replace(upload, answered=answered)
 
         return read
 

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import suppress
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from service_helpers import check_problem, post_json, save
+from service_helpers import check_problem, post, post_json, predictions, save
+from starlette.testclient import TestClient
 from starlette.types import Message, Receive, Scope, Send
 
 from service.body_memory import BodyMemoryMiddleware
-from service.decode_pool import DecodePool
+from service.decode_pool import THREADS, DecodePool
 from service.problems import Problem
+from service.reports import report_images
+from service.uploads import read_upload
 
 
 def in_pool(main: Callable[[DecodePool], Awaitable[Any]], **options: Any) -> Any:
@@ -146,3 +150,88 @@ def test_a_request_that_needs_more_than_there_is_for_bodies(serving: Any, clean:
         check_problem(post_json(client, clean[:3]), 413, "the first 3 images have 192 pixels; at most 130")
         large = save(Image.new("L", (4000, 4000)), "PNG", optimize=True)
         assert len(large) > 1000  # refused by its bytes; of another size it is refused by its header alone
+
+
+@contextmanager
+def busy_decoders(client: TestClient) -> Iterator[threading.Event]:
+    """Until the event is set, or for ten seconds."""
+    app: Any = client.app
+    end = threading.Event()
+    for _ in range(THREADS):
+        app.state.service.decoders._executor.submit(end.wait, 10)
+    try:
+        yield end
+    finally:
+        end.set()
+
+
+def test_the_deadline_counts_while_others_decode(client: TestClient, clean: list[bytes]) -> None:
+    with busy_decoders(client):
+        started = time.monotonic()
+        check_problem(post(client, clean[0], deadline_ms=100), 504, "deadline")
+        assert time.monotonic() - started < 8, "it waited for a decoder"
+    assert post(client, clean[0]).status_code == 200
+
+
+def test_a_client_that_leaves_waits_for_no_decoder(client: TestClient, clean: list[bytes]) -> None:
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": "POST",
+        "scheme": "http",
+        "path": "/v1/predict",
+        "query_string": b"",
+        "headers": [(b"host", b"localhost"), (b"content-type", b"image/png")],
+        "client": ("127.0.0.1", 1),
+        "server": ("localhost", 80),
+    }
+    coming = [{"type": "http.disconnect"}, {"type": "http.request", "body": clean[0], "more_body": False}]
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return coming.pop() if len(coming) > 1 else coming[0]
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def ask() -> None:
+        app: Any = client.app
+        await app(scope, receive, send)
+
+    assert client.portal is not None
+    with busy_decoders(client):
+        started = time.monotonic()
+        client.portal.call(ask)
+        assert time.monotonic() - started < 8, "it waited for a decoder"
+    assert sent[0]["status"] == 504
+    assert b"the client left" in sent[1]["body"]
+
+
+def test_a_long_answer_is_written_beside_the_event_loop(
+    client: TestClient, clean: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """64 images and 256 neighbours of each are 16,384 objects: half a second in which nobody else is heard."""
+    monkeypatch.setattr("service.app._MANY_ENTRIES", 15)
+    loop: list[threading.Thread] = []
+    wrote: list[threading.Thread] = []
+
+    async def read(*args: Any) -> Any:
+        loop.append(threading.current_thread())
+        return await read_upload(*args)
+
+    def write(*args: Any) -> Any:
+        wrote.append(threading.current_thread())
+        return report_images(*args)
+
+    monkeypatch.setattr("service.app.read_upload", read)
+    monkeypatch.setattr("service.app.report_images", write)
+    asked: list[tuple[int, dict[str, Any], bool]] = [
+        (1, {"top_k": 10}, False),
+        (2, {"top_k": 10}, True),
+        (1, {"explain": True}, True),
+        (9, {}, False),
+    ]
+    for images, options, beside in asked:
+        assert len(predictions(post_json(client, clean[:images], **options))) == images
+        assert (wrote[-1] is not loop[-1]) == beside, options

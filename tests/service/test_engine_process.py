@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import os
+import re
 import resource
 import signal
 import threading
@@ -33,9 +35,11 @@ from starlette.testclient import TestClient
 
 from mithridate.datasets import LabelledImages
 from mithridate.errors import OptionError
+from service import ceilings, engine_worker, loading
+from service import engine as thread_engine
 from service.batching import EngineStoppedError
-from service.engine_process import ProcessEngine
-from service.settings import load_settings
+from service.engine_process import _NEEDED, ProcessEngine
+from service.settings import Settings, load_settings
 
 LONG = "rmc:scope=all,neighbors=512,epochs=10,patience=1000"
 
@@ -237,3 +241,12 @@ def test_a_process_that_cannot_load_says_why_and_leaves_nothing_behind(digits_bu
             assert engine.process_id is None or not is_alive(engine.process_id)
 
     asyncio.run(main())
+
+
+def test_every_setting_that_an_engine_looks_at_is_sent_to_its_process() -> None:
+    """One that is not sent has its default there: a ceiling of neighbours would be none."""
+    read = set(ceilings._SETTINGS.values())
+    for module in (ceilings, thread_engine, engine_worker, loading):
+        read |= set(re.findall(r"\bsettings\.(\w+)", inspect.getsource(module)))
+    assert read & set(Settings.model_fields) <= set(_NEEDED)
+    assert {"bundle", "threads", "max_neighbors"} <= read, "this test looks in the right places"

@@ -276,6 +276,7 @@ def test_the_limits_of_a_request(serving: Serving, pixels: Any) -> None:
         check_error(client.post(INFER, json=request([""] * 4, "BYTES", (4,))), 413, "more than 3 images")
         check_error(client.post(INFER, json=request([0] * 65, shape=(1, 1, 5, 13))), 413, "64 pixels")
         check_error(client.post(INFER, content=b"[0," + b"0," * 400_000), 413, "400000", "binary data")
+        check_error(client.post(INFER, content=b"[" + b"[[]]," * 150_000), 413, "400000", "binary data")
         check_error(client.post(INFER, content=bytes(2_000_001)), 413, "2000000 bytes")
 
 

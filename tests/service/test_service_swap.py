@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from starlette.testclient import TestClient
 
 from mithridate.bundle import MANIFEST, MODEL, Bundle
 from service.app import create_app
+from service.keys import Key, hash_key, new_key
+from service.page import views
 from service.settings import load_settings
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -71,7 +74,7 @@ def here(digits_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     """The same in this process, where starting an engine costs little, and bundles of its own to break."""
     shelf = shelve(digits_bundle, tmp_path_factory.mktemp("root"))
     settings = load_settings(
-        bundle=shelf.root / "digits", bundle_root=shelf.root, defense="none", offer=["none"], seed=7
+        bundle=shelf.root / "digits", bundle_root=shelf.root, defense="none", offer=["none"], seed=7, lab=True
     )
     with TestClient(
         create_app(settings), base_url="http://localhost", client=("127.0.0.1", 1), raise_server_exceptions=False
@@ -244,4 +247,60 @@ def test_who_may_not(here: tuple[TestClient, Shelf], client: TestClient) -> None
     stranger = TestClient(app, base_url="http://localhost", client=("10.0.0.1", 1), raise_server_exceptions=False)
     check_problem(stranger.get("/admin/bundle"), 403)
     for body in ({}, {"path": ""}, {"path": 3}, {"path": "words", "force": True}, ["words"]):
-        check_problem(mine.post("/admin/bundle", json=body), 422)
+        check_problem(mine.post("/admin/bundle", json=body), 422, "body")
+    json_type = {"Content-Type": "application/json"}
+    check_problem(mine.post("/admin/bundle", content=b'{"path":\n"\xff', headers=json_type), 422, "Invalid JSON")
+    check_problem(mine.post("/admin/bundle", content=b'{"path":"words"}'), 415, "application/json")
+    check_problem(swap(mine, 9000 * "x"), 413, "larger than 8192 bytes")
+
+
+def test_a_stranger_is_refused_before_the_body_is_read(digits_bundle: Path, tmp_path: Path) -> None:
+    """Whoever has no key could otherwise hold connections, and megabytes, for as long as they liked."""
+    key = Key.model_validate({"id": "mine", "sha256": hash_key(new_key()).hex(), "scopes": ["admin"]})
+
+    async def never() -> AsyncIterator[bytes]:
+        await asyncio.sleep(60)
+        yield b"{}"
+
+    async def main() -> httpx2.Response:
+        app = create_app(load_settings(bundle=digits_bundle, bundle_root=tmp_path, keys=[key]))
+        async with (
+            asyncio.timeout(5),
+            httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://localhost") as client,
+        ):
+            json_type = {"Content-Type": "application/json"}
+            return await client.post("/admin/bundle", content=never(), headers=json_type)
+
+    check_problem(asyncio.run(main()), 401, "a key is needed")
+
+
+def test_what_is_reported_is_of_the_bundle_that_answered(
+    here: tuple[TestClient, Shelf], clean: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another one goes live after the engine's answer and before the lab and the page have written theirs."""
+    client, shelf = here
+    app: Any = client.app
+    service, seen = app.state.service, list[str]()
+    answer, views_answer, views_lab = service.answer, views.answer, views.lab
+
+    async def answer_and_swap(request: Any, read: Any) -> Any:
+        response = await answer(request, read)
+        await service.bundles.swap(shelf.root / "words", named="words")
+        return response
+
+    def show(view: Callable[..., Any]) -> Callable[..., Any]:
+        def shown(loaded: Any, *args: Any, **options: Any) -> Any:
+            seen.append(loaded.bundle.digest)
+            return view(loaded, *args, **options)
+
+        return shown
+
+    monkeypatch.setattr(service, "answer", answer_and_swap)
+    monkeypatch.setattr(views, "answer", show(views_answer))
+    monkeypatch.setattr(views, "lab", show(views_lab))
+    for path in ("/v1/lab/attack?label=4", "/page/lab?label=4", "/page/answer"):
+        response = client.post(path, content=clean[0], headers={"Content-Type": "image/png"})
+        assert response.status_code == 200, response.text
+        assert live(client)["current"]["digest"] == shelf.digests["words"]
+        assert client.post("/admin/bundle/rollback").status_code == 200
+    assert seen == 2 * [shelf.digests["digits"]]
