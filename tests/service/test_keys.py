@@ -200,6 +200,38 @@ def test_a_key_that_is_revoked_stops_working_and_a_new_one_begins(
         wait_until(lambda: status(new) == 401, seconds=5)
 
 
+def test_without_keys_a_page_that_has_its_name_lead_to_loopback_is_refused(
+    client: TestClient, clean: list[bytes]
+) -> None:
+    """DNS rebinding: to a browser such a page is no other site, so it could read whatever is answered."""
+
+    def status(path: str, host: str) -> int:
+        return client.get(path, headers={"Host": host}).status_code
+
+    foreign = ("evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.evil.example", "[::1", "")
+    for host in foreign:
+        for path in ("/v1/bundle", "/v1/defenses", "/metrics", "/page/about", "/page/exemplars/0.png"):
+            assert status(path, host) == 403, (path, host)
+        assert status("/readyz", host) == 200
+    answer = client.post("/v1/predict", content=clean[0], headers={"Host": "evil.example", "Content-Type": "image/png"})
+    check_problem(answer, 403, "loopback name", "evil.example")
+    for host in ("localhost", "LOCALHOST:8000", "127.0.0.1:1", "127.1.2.3", "[::1]", "[::1]:8000"):
+        assert status("/v1/bundle", host) == 200, host
+
+
+def test_with_keys_or_a_proxy_the_name_does_not_matter(keyed: Keyed, serving: Serving) -> None:
+    headers = {"Host": "shop.example", **keyed.headers("predict")}
+    assert keyed.client.get("/v1/bundle", headers=headers).status_code == 200
+    with serving(insecure_no_keys=True, offer=["none"], defense="none") as client:
+        assert client.get("/v1/bundle", headers={"Host": "shop.example"}).status_code == 200
+
+
+def test_a_proxy_may_use_authorization_for_itself(keyed: Keyed) -> None:
+    for taken in ("Bearer of-the-proxy", "Basic dTpw"):
+        headers = {"Authorization": taken, "X-API-Key": keyed.keys["predict"]}
+        assert keyed.client.get("/v1/bundle", headers=headers).status_code == 200
+
+
 def test_without_keys_only_an_operator_on_this_machine_is_admin(client: TestClient) -> None:
     """A page in a browser here, or a proxy here, brings strangers to loopback."""
     app: Any = client.app

@@ -115,7 +115,7 @@ def test_a_tampered_bundle_is_never_served(
         serve(settings)
     assert "\n" not in str(raised.value)
     app = create_app(settings)
-    with TestClient(app, raise_server_exceptions=False) as client:
+    with TestClient(app, base_url="http://localhost", raise_server_exceptions=False) as client:
         while app.state.service.failure is None:
             check_problem(client.get("/readyz"), 503)
         check_problem(client.get("/readyz"), 503, "cannot be served")  # and not a word of where it lies
