@@ -87,8 +87,8 @@ class Access:
             return
         raise Problem(
             403,
-            f"without keys only requests to a loopback name are answered (localhost, 127.0.0.1, [::1]), not to "
-            f"{request.headers['host'][:80]!r}; give the service keys, or --insecure-no-keys behind a proxy that asks "
+            "without keys only requests to a name of the service's own machine are answered (localhost, 127.0.0.1, "
+            f"[::1]), not to {request.headers['host'][:80]!r}; give the service keys, or --insecure-no-keys behind a proxy that asks "
             "who is there",
         )
 

@@ -26,7 +26,7 @@ from service.collectors import watch_lag
 from service.decode_pool import DecodePool
 from service.engines import AnyEngine
 from service.keys import Caller, Scope
-from service.lab import LabOptions, add_lab, choose_lab, metric_name
+from service.lab import LabOptions, add_lab, choose_lab, cost_name, metric_name
 from service.loading import Loaded, Named
 from service.middleware import RequestMiddleware
 from service.oip import add_open_inference
@@ -69,7 +69,6 @@ class Service:
         self.bundles.on_batch = self.metrics.ran
         self.bundles.on_live = self._set_prices
         self.bundles.on_death = self._die
-        self.admission.on_shed = self.metrics.turned_away
         self.metrics.in_flight.set_function(lambda: self.admission.in_flight)
         self.metrics.waiting.set_function(lambda: self.engine.waiting)
         self.metrics.waits.waiting = lambda: self.engine.waiting
@@ -84,7 +83,7 @@ class Service:
         """Loads the bundle; afterwards the service is ready, or ``failure`` says why it never will be."""
         try:
             await self.bundles.load()
-            self.metrics.ready.set(1)
+            self.metrics.ready.set(not self.draining)
             logger.info("ready")
         except MithridateError as error:
             self.failure = str(error)
@@ -95,7 +94,10 @@ class Service:
             self.on_failure()
 
     def reload(self) -> None:
-        """Puts live what the configured path leads to by now, in the background; the log says what came of it."""
+        """Puts live what the configured path leads to by now, in the background; the log says what came of it.
+        Not any more while draining: what is loaded then would only keep the process from ending."""
+        if self.draining:
+            return
         self._reloading = asyncio.ensure_future(self.bundles.reload())
 
     def _set_prices(self, loaded: Loaded[Any]) -> None:
@@ -164,7 +166,9 @@ class Service:
             record.defense, manifest = metric_name(defence), loaded.bundle.manifest
             deadline_ms = min(options.deadline_ms or math.inf, self.settings.deadline_ms)
             deadline = time.monotonic() + deadline_ms / 1000 - (time.perf_counter() - started)
-            self.admission.price(ticket, record.defense, len(upload.files), seconds_left=deadline - time.monotonic())
+            self.admission.price(
+                ticket, cost_name(defence), len(upload.files), seconds_left=deadline - time.monotonic()
+            )
             decoding = time.perf_counter()
             pixels = await decode_upload(upload.files, manifest, self.settings, self.decoders)
             decoded = time.perf_counter()

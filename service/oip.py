@@ -68,7 +68,8 @@ def _add_server(app: FastAPI, service: Service) -> None:
 
 def _add_infer(app: FastAPI, service: Service) -> None:
     async def infer(request: Request, name: str, version: str | None = None) -> Response:
-        return await _infer(service, request, name, version)
+        with service.watching.outcome(request):
+            return await _infer(service, request, name, version)
 
     @app.post(
         "/v2/models/{name:path}/versions/{version}/infer",

@@ -164,7 +164,11 @@ class Settings(BaseSettings):
 def _may_be_quoted(error: ErrorDetails) -> bool:
     """Whether what was seen may be said. Of keys nothing is: what stands in the wrong place could be one. And where
     several settings do not go together, what was seen is all of them."""
-    if error["type"] in ("missing", "extra_forbidden") or not error["loc"] or str(error["loc"][0]).lower().startswith("key"):
+    if (
+        error["type"] in ("missing", "extra_forbidden")
+        or not error["loc"]
+        or str(error["loc"][0]).lower().startswith("key")
+    ):
         return False
     return isinstance(error["input"], (str, int, float, bool, Path)) or error["input"] is None
 
