@@ -88,8 +88,8 @@ class Access:
         raise Problem(
             403,
             "without keys only requests to a name of the service's own machine are answered (localhost, 127.0.0.1, "
-            f"[::1]), not to {request.headers['host'][:80]!r}; give the service keys, or --insecure-no-keys behind a proxy that asks "
-            "who is there",
+            f"[::1]), not to {request.headers['host'][:80]!r}; give the service keys, or --insecure-no-keys "
+            "behind a proxy that asks who is there",
         )
 
     def _refresh(self) -> None:

@@ -369,7 +369,8 @@ def test_a_shed_request_keeps_its_connection(serving: Serving, clean: list[bytes
 
 
 def _send(connection: socket.socket, body: bytes) -> None:
-    head = f"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = "POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n"
+    head += f"Content-Length: {len(body)}\r\n\r\n"
     connection.sendall(head.encode() + body)
 
 
