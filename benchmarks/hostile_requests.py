@@ -152,7 +152,7 @@ class Hostile:
 
     def _hang_up(self, defense: str, *, whole: bool) -> str:
         image = self._image()
-        head = f"POST /v1/predict?defense={defense} HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
+        head = f"POST /v1/predict?defense={defense} HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n"
         request = f"{head}Content-Length: {len(image)}\r\n\r\n".encode() + image
         with socket.create_connection(self._address, timeout=60) as connection:
             connection.sendall(request if whole else request[: self._random.randint(1, len(request) - 1)])

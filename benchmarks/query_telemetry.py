@@ -214,7 +214,7 @@ def _cost(bundle: Path, files: Sequence[bytes], requests: int) -> dict[str, Any]
 @contextmanager
 def _service(bundle: Path, telemetry: bool) -> Iterator[TestClient]:
     settings = load_settings(bundle=bundle, offer=("none",), defense="none", query_telemetry=telemetry)
-    with TestClient(create_app(settings)) as client:
+    with TestClient(create_app(settings), base_url="http://localhost") as client:
         while client.get("/readyz").status_code != 200:
             time.sleep(0.05)
         yield client

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import logging
 import time
+from urllib.parse import urlsplit
 
 from fastapi import Security, params
 from fastapi.security import APIKeyHeader, HTTPBearer
@@ -70,6 +71,7 @@ class Access:
 
     def _identify(self, request: Request) -> Caller:
         if self._ring is None:
+            self._refuse_foreign_names(request)
             return Caller(key_id=None, scopes=frozenset(SCOPES) if _is_operator(request) else _EVERYBODY)
         self._refresh()
         key = self._ring.find(_presented(request))  # also where nothing was sent: it must take as long
@@ -77,6 +79,18 @@ class Access:
             detail = "a key is needed that this service knows; send it as Authorization: Bearer KEY"
             raise Problem(401, detail, headers={"WWW-Authenticate": 'Bearer realm="mithridate"'})
         return Caller(key_id=key.id, scopes=key.scopes, key=key)
+
+    def _refuse_foreign_names(self, request: Request) -> None:
+        """A web page may have its own name lead to 127.0.0.1 (DNS rebinding), and is then no other site to a browser:
+        where reaching loopback is all that is asked, the request must be for a loopback name. Raises Problem 403."""
+        if self._settings.insecure_no_keys or not is_loopback(self._settings.host) or _names_loopback(request):
+            return
+        raise Problem(
+            403,
+            "without keys only requests to a name of the service's own machine are answered (localhost, 127.0.0.1, "
+            f"[::1]), not to {request.headers['host'][:80]!r}; give the service keys, or --insecure-no-keys "
+            "behind a proxy that asks who is there",
+        )
 
     def _refresh(self) -> None:
         """Looks now and then whether the file has changed: a key that is revoked must not work until a restart."""
@@ -113,6 +127,17 @@ def is_loopback(host: str) -> bool:
         return host.lower().rstrip(".") == "localhost"
 
 
+def _names_loopback(request: Request) -> bool:
+    """Whether the header ``Host`` names this machine only. No browser leaves it out."""
+    host = request.headers.get("host")
+    if host is None:
+        return True
+    try:
+        return is_loopback(urlsplit(f"//{host}").hostname or "")
+    except ValueError:
+        return False
+
+
 def _is_operator(request: Request) -> bool:
     """From this machine, through no proxy that says so, and not from a page in somebody's browser: where there are no
     keys, nothing else tells an operator from whoever a browser or a proxy here lets through."""
@@ -122,10 +147,11 @@ def _is_operator(request: Request) -> bool:
 
 
 def _presented(request: Request) -> str:
+    own = request.headers.get("x-api-key", "").strip()
+    if own:  # a proxy may use the other one for itself
+        return own
     scheme, _, token = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() == "bearer":
-        return token.strip()
-    return request.headers.get("x-api-key", "").strip()
+    return token.strip() if scheme.lower() == "bearer" else ""
 
 
 def _forbidden(caller: Caller, missing: list[Scope]) -> Problem:

@@ -7,18 +7,15 @@ It all happens in the event loop's thread, so nothing here is locked.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
 
 from service.allowances import Allowance, Allowances, Clock, Spent, whole_seconds
 from service.costs import Costs
 from service.keys import Caller
-from service.problems import Problem
+from service.problems import Problem, ShedReason
 from service.settings import Settings
-
-Reason = Literal["queue-count", "queue-seconds", "deadline", "allowance-requests", "allowance-compute"]
 
 
 @dataclass(kw_only=True, eq=False)
@@ -56,8 +53,6 @@ class Admission:
         """Engines that answer side by side."""
         self.default = ""
         """The defence that a request is taken to want until it has been read."""
-        self.on_shed: Callable[[str], None] = lambda reason: None
-        """Called with why a request was turned away: one of ``Reason``."""
 
     @property
     def in_flight(self) -> int:
@@ -75,9 +70,9 @@ class Admission:
         if allowance is not None and (spent := allowance.spent()):
             raise self._used_up(spent)
         if len(self._inside) >= self._settings.queue_size:
-            raise self._full("queue-count", f"{len(self._inside)} requests are waiting already")
+            raise self._full("queue-full", f"{len(self._inside)} requests are waiting already")
         if self.queued_seconds >= self._settings.queue_seconds:
-            raise self._full("queue-seconds", f"what waits already takes about {self.queued_seconds:.1f} s")
+            raise self._full("cost", f"what waits already takes about {self.queued_seconds:.1f} s")
         if allowance is not None and allowance.requests is not None:
             allowance.requests.take(1.0)
         ticket = Ticket(allowance=allowance, estimate=self.costs.estimate(self.default, 1))
@@ -95,7 +90,7 @@ class Admission:
         finally:
             self._inside.add(ticket)
         if len(self._inside) > self._settings.queue_size:
-            raise self._full("queue-count", f"{len(self._inside) - 1} requests are waiting already", besides=ticket)
+            raise self._full("queue-full", f"{len(self._inside) - 1} requests are waiting already", besides=ticket)
 
     @property
     def remaining_seconds(self) -> float:
@@ -112,12 +107,11 @@ class Admission:
         ahead, own = self.queued_seconds - ticket.estimate / self.lanes, self.costs.estimate(defence, images)
         least = self.costs.least(defence, images)
         if least > seconds_left:
-            self.on_shed("deadline")
             detail = f"this takes at least {least:.2g} s, and the deadline is in {max(0.0, seconds_left):.2g} s"
-            raise Problem(504, f"{detail}; send fewer images, or allow more time")
+            raise Problem(504, f"{detail}; send fewer images, or allow more time", reason="deadline")
         if len(self._inside) > 1 and ahead + own / self.lanes > self._settings.queue_seconds:  # alone, it may take long
             detail = f"what waits already takes about {ahead:.1f} s, and this about {own:.1f} s more"
-            raise self._full("queue-seconds", detail, besides=ticket)
+            raise self._full("cost", detail, besides=ticket)
         if ticket.allowance is not None and (spent := ticket.allowance.compute_spent(own)):
             raise self._used_up(spent)
         ticket.defence, ticket.images, ticket.estimate = defence, images, own
@@ -164,13 +158,11 @@ class Admission:
             ticket.allowance.compute.take(seconds - ticket.charged)
         ticket.charged = seconds
 
-    def _full(self, reason: Reason, detail: str, *, besides: Ticket | None = None) -> Problem:
-        self.on_shed(reason)
+    def _full(self, reason: ShedReason, detail: str, *, besides: Ticket | None = None) -> Problem:
         others = self.remaining_seconds - (0.0 if besides is None else besides.estimate / self.lanes)
-        return Problem(429, detail, headers={"Retry-After": whole_seconds(others)})
+        return Problem(429, detail, headers={"Retry-After": whole_seconds(others)}, reason=reason)
 
     def _used_up(self, spent: Spent) -> Problem:
-        self.on_shed(spent.reason)
         wait = whole_seconds(spent.seconds)
         detail = f"this key's allowance of {spent.what} is used up; again in {wait} s"
-        return Problem(429, detail, headers={"Retry-After": wait})
+        return Problem(429, detail, headers={"Retry-After": wait}, reason="allowance")

@@ -48,7 +48,6 @@ class Spent:
     """Which allowance has run out, and in how many seconds there is some again."""
 
     what: str
-    reason: str
     seconds: float
 
 
@@ -64,7 +63,7 @@ class Allowance:
         """What forbids a request that takes ``compute_seconds``, None where nothing does."""
         if self.requests is not None and (wait := self.requests.wait(1.0)):
             what = f"{self.key.requests_per_minute:g} requests a minute"
-            return Spent(what=what, reason="allowance-requests", seconds=wait)
+            return Spent(what=what, seconds=wait)
         return self.compute_spent(compute_seconds)
 
     def compute_spent(self, seconds: float) -> Spent | None:
@@ -72,7 +71,7 @@ class Allowance:
         # A debt has to be paid; what is left over must be more than nothing, or the next one begins in debt again.
         if self.compute is not None and (wait := self.compute.wait(max(seconds, 1e-3))):
             what = f"{self.key.compute_seconds_per_minute:g} seconds of computing a minute"
-            return Spent(what=what, reason="allowance-compute", seconds=wait)
+            return Spent(what=what, seconds=wait)
         return None
 
 

@@ -26,7 +26,7 @@ from service.collectors import watch_lag
 from service.decode_pool import DecodePool
 from service.engines import AnyEngine
 from service.keys import Caller, Scope
-from service.lab import LabOptions, add_lab, choose_lab, metric_name
+from service.lab import LabOptions, add_lab, choose_lab, cost_name, metric_name
 from service.loading import Loaded, Named
 from service.middleware import RequestMiddleware
 from service.oip import add_open_inference
@@ -74,8 +74,8 @@ class Service:
         self.bundles.on_batch = self.metrics.ran
         self.bundles.on_live = self._set_prices
         self.bundles.on_death = self._die
-        self.admission.on_shed = self.metrics.turned_away
         self.metrics.in_flight.set_function(lambda: self.admission.in_flight)
+        self.metrics.ready.set_function(lambda: float(self.ready))
         self.metrics.waiting.set_function(lambda: self.engine.waiting)
         self.metrics.waits.waiting = lambda: self.engine.waiting
         self.metrics.backlog.set_function(lambda: self.admission.queued_seconds)
@@ -85,11 +85,15 @@ class Service:
         """What new requests are answered by."""
         return self.bundles.engine
 
+    @property
+    def ready(self) -> bool:
+        """Whether it takes requests."""
+        return self.engine.loaded is not None and self.failure is None and not self.draining
+
     async def load(self) -> None:
         """Loads the bundle; afterwards the service is ready, or ``failure`` says why it never will be."""
         try:
             await self.bundles.load()
-            self.metrics.ready.set(1)
             logger.info("ready")
         except MithridateError as error:
             self.failure = str(error)
@@ -100,7 +104,10 @@ class Service:
             self.on_failure()
 
     def reload(self) -> None:
-        """Puts live what the configured path leads to by now, in the background; the log says what came of it."""
+        """Puts live what the configured path leads to by now, in the background; the log says what came of it.
+        Not any more while draining: what is loaded then would only keep the process from ending."""
+        if self.draining:
+            return
         self._reloading = asyncio.ensure_future(self.bundles.reload())
 
     def _set_prices(self, loaded: Loaded[Any]) -> None:
@@ -111,14 +118,12 @@ class Service:
     def _die(self, error: BaseException) -> None:
         """The engine has ended by itself; one that is a thread says so from there. Better no service than one that
         hangs."""
-        self.metrics.ready.set(0)
         self.failure = f"the engine has stopped: {type(error).__name__}: {error}"
         self.on_failure()
 
     def drain(self) -> None:
         """No longer ready: whoever balances the load should send new requests elsewhere."""
         self.draining = True
-        self.metrics.ready.set(0)
 
     async def close(self) -> None:
         """Ends the engines and the threads."""
@@ -169,7 +174,8 @@ class Service:
             record.defense, manifest = metric_name(defence), loaded.bundle.manifest
             deadline_ms = min(options.deadline_ms or math.inf, self.settings.deadline_ms)
             deadline = time.monotonic() + deadline_ms / 1000 - (time.perf_counter() - started)
-            self.admission.price(ticket, record.defense, len(upload.files), seconds_left=deadline - time.monotonic())
+            left = deadline - time.monotonic()
+            self.admission.price(ticket, cost_name(defence), len(upload.files), seconds_left=left)
             async with while_wanted(request, deadline=deadline, on_leaving=engine.forget_ended) as wanted:
                 decoding = time.perf_counter()
                 with wanted.stopped_at_once():

@@ -31,7 +31,7 @@ class BodyMemoryMiddleware:
             size = len(message.get("body", b""))
             if size and self.held + size > self._max_bytes:
                 detail = f"other requests hold {self.held} of {self._max_bytes} bytes; send this one again"
-                raise Problem(429, detail, headers={"Retry-After": "1"})
+                raise Problem(429, detail, headers={"Retry-After": "1"}, reason="memory")
             mine += size
             self.held += size
             return message

@@ -237,7 +237,11 @@ def _try(batch: Sequence[Waiting]) -> list[Outcome] | Exception:
 
 
 def _try_halves(request: Waiting) -> Outcome | Exception:
-    """The answer to a request out of two smaller ones: an image's answer does not depend on those beside it."""
+    """The answer to a request out of two smaller ones: an image's answer does not depend on those beside it. What has
+    nothing to halve, an image alone or what says so (``divides``), is tried again as it is."""
+    if not getattr(request.defence, "divides", True):
+        found = _try([request])
+        return found if isinstance(found, Exception) else found[0]
     middle = len(request.pixels) // 2
     answers: list[Prediction] = []
     for pixels in (request.pixels[:middle], request.pixels[middle:]):

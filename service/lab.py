@@ -23,6 +23,7 @@ from mithridate.errors import BudgetExceededError, OptionError
 from mithridate.images import encode_png
 from mithridate.types import Epsilon, Images, Logits, to_images, to_pixels
 from service.loading import Loaded, Named
+from service.metrics import LAB
 from service.openapi import PREDICT_ERRORS, responses
 from service.problems import Problem
 from service.schemas import BundleRef, ImagePrediction, PredictOptions, PredictResponse, Scored, Timings
@@ -84,6 +85,8 @@ class LabDefence:
     label: int | None = None
 
     batches = False
+    divides = False
+    """Its two images are one question: there is nothing to halve."""
 
     @property
     def name(self) -> str:
@@ -176,11 +179,24 @@ def read_lab(name: str, loaded: Loaded[Any]) -> LabDefence | None:
 
 def metric_name(defence: Named) -> str:
     """What metrics call a defence: all of the lab's are one."""
-    return "lab" if isinstance(defence, LabDefence) else defence.name
+    return LAB if isinstance(defence, LabDefence) else defence.name
+
+
+def cost_name(defence: Named) -> str:
+    """What estimates of time go by: an attack on a quick defence says nothing of one through a slow one. There are
+    twice as many as defences that are offered, for radius and label make no difference."""
+    if isinstance(defence, LabDefence):
+        return f"{_PREFIX}{defence.attack}:{defence.inner.name}"
+    return defence.name
 
 
 async def run_attack(service: Service, request: Request, options: LabOptions) -> tuple[Loaded[Any], LabResponse]:
     """Reads one image and attacks it; also what it was answered from. Raises Problem."""
+    with service.watching.outcome(request):
+        return await _run_attack(service, request, options)
+
+
+async def _run_attack(service: Service, request: Request, options: LabOptions) -> tuple[Loaded[Any], LabResponse]:
     service.authorize(request, "choose-defense", "explain")
     answers: list[tuple[Loaded[Any], Prediction]] = []
 

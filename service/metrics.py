@@ -36,16 +36,11 @@ _IMAGE_FAULTS: dict[type[ImageError], str] = {
 }
 """What can be wrong with an image, as the label of it."""
 
-_TURNED_AWAY: dict[str, ShedReason] = {
-    "queue-count": "queue-full",
-    "queue-seconds": "cost",
-    "allowance-requests": "allowance",
-    "allowance-compute": "allowance",
-    "deadline": "deadline",
-}
-
 UNKNOWN = "unknown"
 """The defence of a request that ended before one was chosen."""
+
+LAB = "lab"
+"""The defence of whatever the lab attacks: what that shows is the operator's own doing, and no sign of an attacker."""
 
 
 class Metrics:
@@ -113,7 +108,8 @@ class Metrics:
             "near_duplicate_rate", "Share of near ones among a client's latest images: of the client with the highest"
         )
         self.not_compared = self._counter(
-            "not_compared_queries", "Images not compared: telemetry was behind, or the defence gives no embedding"
+            "not_compared_queries",
+            "Images not compared: telemetry was behind, it gives no embedding, or a new bundle is live",
         )
 
     def count(self, outcome: str, defense: str) -> None:
@@ -126,6 +122,10 @@ class Metrics:
         for phase, milliseconds in timings_ms.items():
             self.phases.labels(phase).observe(milliseconds / 1000)
         self.waits.add(timings_ms["queue"] / 1000)
+        if defense != LAB:
+            self._judge(prediction)
+
+    def _judge(self, prediction: Prediction) -> None:
         for adaptation in prediction.adaptations:
             if adaptation is not None:
                 self.steps.observe(adaptation.steps)
@@ -148,10 +148,6 @@ class Metrics:
         kind = next((kind for fault, kind in _IMAGE_FAULTS.items() if isinstance(problem.__cause__, fault)), None)
         if kind is not None:
             self.decode_errors.labels(kind).inc()
-
-    def turned_away(self, reason: str) -> None:
-        """Records why admission did not let a request in, in admission's own words."""
-        self.shed.labels(_TURNED_AWAY[reason]).inc()
 
     def compared_with_earlier(self, seen: Seen) -> None:
         """Records what telemetry found, in its thread."""

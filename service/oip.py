@@ -68,7 +68,8 @@ def _add_server(app: FastAPI, service: Service) -> None:
 
 def _add_infer(app: FastAPI, service: Service) -> None:
     async def infer(request: Request, name: str, version: str | None = None) -> Response:
-        return await _infer(service, request, name, version)
+        with service.watching.outcome(request):
+            return await _infer(service, request, name, version)
 
     @app.post(
         "/v2/models/{name:path}/versions/{version}/infer",
@@ -97,7 +98,7 @@ def _add_infer(app: FastAPI, service: Service) -> None:
 
 def _add_model(app: FastAPI, service: Service) -> None:
     def ready(name: str, version: str | None = None) -> ModelReady:
-        _require_model(_require_ready(service), name, version)
+        _require_model(_require_ready(service), name, version, tell=False)
         return ModelReady(name=name, ready=True)
 
     def metadata(request: Request, name: str, version: str | None = None) -> ModelMetadata:
@@ -136,17 +137,20 @@ def _require_ready(service: Service) -> Loaded[Any]:
     return loaded
 
 
-def _require_model(loaded: Loaded[Any], name: str, version: str | None) -> Loaded[Any]:
+def _require_model(loaded: Loaded[Any], name: str, version: str | None, *, tell: bool = True) -> Loaded[Any]:
+    """``tell``: whether an error says what is served, which is for callers with a key."""
     served = loaded.bundle.manifest.name
     if name != served:
-        raise Problem(404, f"there is no model {name[:80]!r} here; served: {served}")
-    _require_version(loaded.bundle.digest, name, version)
+        raise Problem(404, f"there is no model {name[:80]!r} here" + (f"; served: {served}" if tell else ""))
+    _require_version(loaded.bundle.digest, name, version, tell=tell)
     return loaded
 
 
-def _require_version(digest: str, name: str, version: str | None) -> None:
-    if version not in (None, short_version(digest)):
-        raise Problem(404, f"model {name} has no version {str(version)[:80]!r} here; served: {short_version(digest)}")
+def _require_version(digest: str, name: str, version: str | None, *, tell: bool = True) -> None:
+    served = short_version(digest)
+    if version not in (None, served):
+        said = f"model {name} has no version {str(version)[:80]!r} here"
+        raise Problem(404, said + (f"; served: {served}" if tell else ""))
 
 
 def _describe(loaded: Loaded[Any]) -> ModelMetadata:

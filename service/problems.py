@@ -23,7 +23,7 @@ logger = logging.getLogger("mithridate.service")
 
 MEDIA_TYPE = "application/problem+json"
 
-ShedReason = Literal["queue-full", "cost", "allowance", "not-ready", "draining", "deadline"]
+ShedReason = Literal["queue-full", "cost", "allowance", "memory", "not-ready", "draining", "deadline"]
 
 
 class Problem(Exception):

@@ -25,6 +25,8 @@ class Record:
 
     defense: str | None = None
     outcome: str | None = None
+    watched: bool = False
+    """Whether somebody counts how it ends already."""
     decoding: float | None = None
     timings_ms: Mapping[str, float] | None = None
     batch: Mapping[str, int] = field(default_factory=dict)

@@ -40,6 +40,7 @@ def serve(settings: Settings) -> None:
         log_level=settings.log_level,
         access_log=False,  # the middleware writes one line a request, with its id
         server_header=False,
+        proxy_headers=False,  # whose address a client has is what the socket says, not a header that anybody can send
         timeout_graceful_shutdown=settings.drain_timeout_s,
         **connection_options(settings),
     )

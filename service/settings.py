@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -160,6 +161,18 @@ class Settings(BaseSettings):
         return tuple(dict.fromkeys((self.defense, *self.offer)))
 
 
+def _may_be_quoted(error: ErrorDetails) -> bool:
+    """Whether what was seen may be said. Of keys nothing is: what stands in the wrong place could be one. And where
+    several settings do not go together, what was seen is all of them."""
+    if (
+        error["type"] in ("missing", "extra_forbidden")
+        or not error["loc"]
+        or str(error["loc"][0]).lower().startswith("key")
+    ):
+        return False
+    return isinstance(error["input"], (str, int, float, bool, Path)) or error["input"] is None
+
+
 def load_settings(config: Path | None = None, **flags: Any) -> Settings:
     """Settings from all sources; flags that are None count as not given. Raises OptionError for what is not allowed."""
     if config is not None and not config.is_file():
@@ -184,9 +197,8 @@ def load_settings(config: Path | None = None, **flags: Any) -> Settings:
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"]))
-        # Of keys nothing is quoted: what stands in the wrong place could be one.
-        quoted = first["type"] != "missing" and first["loc"][:1] != ("keys",)
-        seen = f"; seen: {first['input']!r}" if quoted else ""
-        raise OptionError(f"setting {name}: {first['msg']}{seen}") from error
+        seen = f"; seen: {first['input']!r}" if _may_be_quoted(first) else ""
+        where = f"setting {name}: " if name else "settings: "
+        raise OptionError(f"{where}{first['msg']}{seen}") from error
     except ValueError as error:  # a TOML file that is not TOML, an environment variable that is not JSON
         raise OptionError(f"cannot read the settings: {error}") from error

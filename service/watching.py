@@ -12,7 +12,7 @@ from mithridate.bundle import Bundle
 from service.batching import Answer
 from service.collectors import Inventory
 from service.loading import Loaded
-from service.metrics import UNKNOWN, Metrics
+from service.metrics import LAB, UNKNOWN, Metrics
 from service.problems import Problem
 from service.query_telemetry import Asker, QueryTelemetry
 from service.record import Record, key_id, record_of
@@ -27,13 +27,18 @@ class Watching:
         self.tracing = make_tracing(settings)
         self.metrics = Metrics()
         self.metrics.registry.register(Inventory(loaded))
+        self._loaded = loaded
         self.telemetry = QueryTelemetry(settings, self.metrics) if settings.query_telemetry else None
 
     @contextmanager
     def outcome(self, request: Request) -> Iterator[Record]:
-        """Around all that answers one request to predict: counts how it ended, whatever it was asked through."""
+        """Around all that answers one request to predict: counts how it ended, whatever it was asked through. Once a
+        request: within another one for it, this does nothing."""
         record = record_of(request.scope)
-        record.outcome = "cancelled"
+        if record.watched:
+            yield record
+            return
+        record.watched, record.outcome = True, "cancelled"
         try:
             yield record
             record.outcome = "ok"
@@ -57,7 +62,13 @@ class Watching:
         record.decoding, record.timings_ms = decoding, timings_ms
         record.batch = {"requests": answer.batch.requests, "images": answer.batch.images}
         self.metrics.answered(record.defense or UNKNOWN, prediction, timings_ms)
-        if self.telemetry is not None:
+        if self.telemetry is None or record.defense == LAB:
+            return
+        live = self._loaded()
+        if live is not None and live.bundle.digest != bundle.digest:
+            # One that was under way when another bundle went live: to compare it, telemetry would begin anew twice.
+            self.metrics.not_compared.inc(len(prediction.scores))
+        else:
             asker = Asker(key_id=key_id(request.scope), address=request.client.host if request.client else "")
             self.telemetry.saw(bundle, asker, len(prediction.scores), prediction.embeddings)
 

@@ -117,6 +117,10 @@ class Page:
         return Response(file.content, media_type=file.media_type, headers=headers)
 
     async def _answer(self, request: Request, defense: str | None) -> str:
+        with self._service.watching.outcome(request):
+            return await self._ask(request, defense)
+
+    async def _ask(self, request: Request, defense: str | None) -> str:
         _refuse_other_sites(request)
         explain = self._service.authorize(request, "predict").may("explain")
         options = PredictOptions(defense=defense, top_k=_TOP if explain else 1, explain=explain)

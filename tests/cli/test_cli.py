@@ -143,7 +143,8 @@ def test_predict_answers_as_the_service_does(
     path.write_bytes(content)
     for defense in ("rmc", "none", "webnn"):
         offline = json.loads(mithridate("predict", digits_bundle, path, "--defense", defense, "--json").out)
-        with TestClient(create_app(load_settings(bundle=digits_bundle, threads=2))) as client:
+        app = create_app(load_settings(bundle=digits_bundle, threads=2))
+        with TestClient(app, base_url="http://localhost") as client:
             while client.get("/readyz").status_code != 200:
                 time.sleep(0.02)
             options = {"defense": defense}

@@ -36,7 +36,10 @@ def serving(digits_bundle: Path) -> Serving:
     @contextmanager
     def start(**flags: Any) -> Iterator[TestClient]:
         app = create_app(load_settings(**{"bundle": digits_bundle, "seed": 7, **flags}))
-        with TestClient(app, raise_server_exceptions=False, client=("127.0.0.1", 50_000)) as client:
+        # By a loopback name: without keys it answers to no other.
+        with TestClient(
+            app, base_url="http://localhost", raise_server_exceptions=False, client=("127.0.0.1", 50_000)
+        ) as client:
             wait_ready(client)
             yield client
 

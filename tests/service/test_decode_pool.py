@@ -130,6 +130,7 @@ def test_bodies_share_a_bound_and_give_it_back() -> None:
         with pytest.raises(Problem, match="other requests hold 90 of 100 bytes") as refused:
             await body(chunks(30, 30))
         assert (refused.value.status, refused.value.headers) == (429, {"Retry-After": "1"})
+        assert refused.value.reason == "memory"
         assert middleware.held == 60
         await body(chunks(40))
         end.set()

@@ -131,6 +131,22 @@ def test_a_missing_and_an_unknown_key_are_the_same(keyed: Keyed, clean: list[byt
         assert answer.headers["www-authenticate"] == 'Bearer realm="mithridate"'
 
 
+def test_whoever_is_refused_is_counted_once_whatever_he_asked_through(keyed: Keyed, clean: list[bytes]) -> None:
+    def counted(status: int) -> float:
+        lines = keyed.client.get("/metrics", headers=keyed.headers("metrics")).text.splitlines()
+        wanted = [line for line in lines if line.startswith("mithridate_requests_total{") and f'"{status}"' in line]
+        return sum(float(line.rpartition(" ")[2]) for line in wanted)
+
+    headers = {"Content-Type": "image/png"}
+    for path in ("/v1/predict", "/v2/models/digits-small-cnn/infer", "/page/answer", "/"):
+        before = counted(401)
+        keyed.client.post(path, content=clean[0], headers=headers)
+        assert counted(401) == before + 1, path
+    before = counted(404)
+    keyed.client.post("/v2/models/mnist/infer", json={}, headers=keyed.headers("predict"))
+    assert counted(404) == before + 1
+
+
 def test_what_is_shown_without_explain(keyed: Keyed, clean: list[bytes], adversarial: list[bytes]) -> None:
     """The answer is the same; what leads beyond it (the base model's answer, neighbours, more digits) is not there."""
     for file in (clean[0], adversarial[0]):
@@ -198,6 +214,38 @@ def test_a_key_that_is_revoked_stops_working_and_a_new_one_begins(
         assert status(new) == 200
         file.write_text("# all gone\n")
         wait_until(lambda: status(new) == 401, seconds=5)
+
+
+def test_without_keys_a_page_that_has_its_name_lead_to_loopback_is_refused(
+    client: TestClient, clean: list[bytes]
+) -> None:
+    """DNS rebinding: to a browser such a page is no other site, so it could read whatever is answered."""
+
+    def status(path: str, host: str) -> int:
+        return client.get(path, headers={"Host": host}).status_code
+
+    foreign = ("evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.evil.example", "[::1", "")
+    for host in foreign:
+        for path in ("/v1/bundle", "/v1/defenses", "/metrics", "/page/about", "/page/exemplars/0.png"):
+            assert status(path, host) == 403, (path, host)
+        assert status("/readyz", host) == 200
+    answer = client.post("/v1/predict", content=clean[0], headers={"Host": "evil.example", "Content-Type": "image/png"})
+    check_problem(answer, 403, "own machine", "evil.example")
+    for host in ("localhost", "LOCALHOST:8000", "127.0.0.1:1", "127.1.2.3", "[::1]", "[::1]:8000"):
+        assert status("/v1/bundle", host) == 200, host
+
+
+def test_with_keys_or_a_proxy_the_name_does_not_matter(keyed: Keyed, serving: Serving) -> None:
+    headers = {"Host": "shop.example", **keyed.headers("predict")}
+    assert keyed.client.get("/v1/bundle", headers=headers).status_code == 200
+    with serving(insecure_no_keys=True, offer=["none"], defense="none") as client:
+        assert client.get("/v1/bundle", headers={"Host": "shop.example"}).status_code == 200
+
+
+def test_a_proxy_may_use_authorization_for_itself(keyed: Keyed) -> None:
+    for taken in ("Bearer of-the-proxy", "Basic dTpw"):
+        headers = {"Authorization": taken, "X-API-Key": keyed.keys["predict"]}
+        assert keyed.client.get("/v1/bundle", headers=headers).status_code == 200
 
 
 def test_without_keys_only_an_operator_on_this_machine_is_admin(client: TestClient) -> None:

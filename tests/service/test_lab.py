@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from service_helpers import SLOW, Serving, check_problem, post, post_multipart
 from starlette.testclient import TestClient
+from test_service_describe import read_metrics
 
 from mithridate.images import decode_image
 from service.lab import LabDefence, read_lab
@@ -113,6 +114,35 @@ def test_the_lab_is_no_defence_to_ask_for(lab: TestClient, clean: list[bytes]) -
 def test_it_keeps_the_deadline(lab: TestClient, clean: list[bytes]) -> None:
     check_problem(attack(lab, clean[0], attack="adaptive", defense=SLOW, deadline_ms=150), 504, "deadline")
     assert attack(lab, clean[0]).status_code == 200, "and the engine is free again"
+
+
+def test_it_is_no_sign_of_an_attacker(lab: TestClient, clean: list[bytes]) -> None:
+    """Else an operator's own experiments ring the alerts that are there for somebody else's."""
+
+    def signs() -> tuple[dict[tuple[str, ...], float], float]:
+        lab.app.state.service.watching.telemetry.flush()  # type: ignore[attr-defined]
+        metrics = read_metrics(lab)
+        watched = ("suspicious", "adaptation", "compared", "near_duplicate", "not_compared", "abstained")
+        return {name: value for name, value in metrics.items() if name[0].startswith(watched)}, metrics[
+            "images_total", "lab"
+        ]
+
+    found(attack(lab, clean[0]))
+    before, images = signs()
+    for image in clean[:3]:
+        found(attack(lab, image, epsilon="32/255", defense="rmc"))
+    assert signs() == (before, images + 6)
+
+
+def test_each_attack_has_a_price_of_its_own(lab: TestClient, clean: list[bytes]) -> None:
+    """What is known of a slow one would else turn quick ones away, and the other way round."""
+    for options in ({"attack": "static"}, {"attack": "adaptive"}, {"attack": "static", "epsilon": "2/255"}):
+        for defense in ("none", "webnn"):
+            found(attack(lab, clean[0], defense=defense, **options))
+    known = lab.app.state.service.admission.costs._known  # type: ignore[attr-defined]
+    priced = {f"lab:{kind}:{name}" for kind in ("static", "adaptive") for name in ("none", "webnn")}
+    assert priced <= set(known)
+    assert all(name.count(":") >= 2 for name in known if name.startswith("lab"))
 
 
 def test_its_name_says_all(lab: TestClient, clean: list[bytes]) -> None:

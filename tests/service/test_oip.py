@@ -261,7 +261,10 @@ def test_unusable_bodies(client: TestClient, pixels: Any) -> None:
 
 def test_addresses_that_are_not_there(client: TestClient) -> None:
     check_error(client.get("/v2/models/mnist"), 404, "'mnist'", MODEL)
-    check_error(client.get("/v2/models/mnist/ready"), 404, "'mnist'")
+    for path in ("mnist/ready", f"{MODEL}/versions/1/ready"):  # needs no key: what is served is not for everybody
+        missing = client.get(f"/v2/models/{path}")
+        check_error(missing, 404, "no ")
+        assert "served" not in missing.text
     check_error(client.post("/v2/models/mnist/infer", json={}), 404, "'mnist'")
     check_error(client.get(f"/v2/models/{MODEL}/versions/1"), 404, "'1'")
     check_error(client.post(f"/v2/models/{MODEL}/versions/1/infer", json={}), 404, "'1'")

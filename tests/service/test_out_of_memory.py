@@ -10,7 +10,7 @@ import pytest
 import torch
 from service_helpers import Serving, Wrapped, assert_same, check_problem, crowd, install, post, post_json, predictions
 
-from mithridate.defenses import Outcome, Request
+from mithridate.defenses import Outcome, Prediction, Request
 from service.out_of_memory import is_out_of_memory
 
 SAID = "[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate"
@@ -80,6 +80,37 @@ def test_where_a_smaller_try_does_not_do_there_is_no_service(
         assert "out of memory: [enforce fail" in app.state.service.failure
         check_problem(client.get("/readyz"), 503)
         check_problem(post(client, clean[0]), 503)
+
+
+class Full(Wrapped):
+    """Has no memory the first ``times``."""
+
+    def __init__(self, inner: Any, times: int) -> None:
+        super().__init__(inner, "full")
+        self.resources, self.times = inner.resources, times
+
+    def predict(self, images: Any, *, generator: Any, budget: Any) -> Prediction:
+        self.times -= 1
+        if self.times >= 0:
+            raise MemoryError(SAID)
+        found: Prediction = self.inner.predict(images, generator=generator, budget=budget)
+        return found
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_an_attack_of_the_lab_has_no_halves(serving: Serving, clean: list[bytes], times: int) -> None:
+    """Its two images are one question: tried again as it is, and then as for anything else."""
+    with serving(offer=["none"], lab=True) as client:
+        app: Any = client.app
+        install(client, Full(app.state.service.engine.loaded.defences["none"], times))
+        params, headers = {"defense": "full"}, {"Content-Type": "image/png"}
+        answer = client.post("/v1/lab/attack", content=clean[0], params=params, headers=headers)
+        if times == 1:
+            assert answer.status_code == 200, answer.text
+            assert client.get("/readyz").status_code == 200
+        else:
+            check_problem(answer, 503, "stopped")
+            assert "out of memory" in app.state.service.failure
 
 
 def test_other_errors_are_not_taken_for_it() -> None:

@@ -170,7 +170,7 @@ def test_before_the_bundle_is_there_the_page_waits(digits_bundle: Path, clean: l
     from service.app import create_app
 
     app = create_app(load_settings(bundle=digits_bundle))
-    client = TestClient(app)  # never started: nothing is loaded
+    client = TestClient(app, base_url="http://localhost")  # never started: nothing is loaded
     answer = client.get("/")
     assert answer.status_code == 503
     assert "still loading" in text(answer)

@@ -16,7 +16,7 @@ from typing import Any
 
 import httpx2
 import pytest
-from service_helpers import SLOW, ServerProcess, Serving, check_problem, post, predictions, wait_ready
+from service_helpers import SLOW, ServerProcess, Serving, check_problem, post, predictions, wait_ready, wait_until
 from starlette.testclient import TestClient
 
 from mithridate.bundle import MANIFEST, MODEL
@@ -115,7 +115,7 @@ def test_a_tampered_bundle_is_never_served(
         serve(settings)
     assert "\n" not in str(raised.value)
     app = create_app(settings)
-    with TestClient(app, raise_server_exceptions=False) as client:
+    with TestClient(app, base_url="http://localhost", raise_server_exceptions=False) as client:
         while app.state.service.failure is None:
             check_problem(client.get("/readyz"), 503)
         check_problem(client.get("/readyz"), 503, "cannot be served")  # and not a word of where it lies
@@ -208,6 +208,17 @@ def test_a_second_signal_ends_the_drain_and_the_drain_timeout_what_still_runs(
         assert server.process.wait(10) == 0
         with contextlib.suppress(httpx2.TransportError):
             assert slow.result().status_code >= 500
+
+
+def test_what_is_draining_becomes_ready_no_more_and_loads_nothing(digits_bundle: Path) -> None:
+    app = create_app(load_settings(bundle=digits_bundle, offer=["none"], defense="none"))
+    service = app.state.service
+    service.drain()  # a signal while it loads
+    with TestClient(app, base_url="http://localhost", raise_server_exceptions=False) as client:
+        wait_until(lambda: service.bundles.current is not None)
+        assert "mithridate_ready 0.0" in client.get("/metrics").text
+        service.reload()
+        assert service._reloading is None
 
 
 def test_stopping_leaves_no_thread_behind(serving: Serving, clean: list[bytes]) -> None:

@@ -132,6 +132,20 @@ def test_a_bad_file(tmp_path: Path, content: str, says: str) -> None:
     check_error(says, path, bundle="b")
 
 
+@pytest.mark.parametrize("wrong", ['devices = "cpu,"', 'kyes = "{key}"', 'host = ["{key}"]', 'keys_file = ["{key}"]'])
+def test_an_error_quotes_no_key(tmp_path: Path, wrong: str) -> None:
+    """Also where settings do not go together: what is wrong then is all of them."""
+    key = "mth_" + "k" * 43
+    path = tmp_path / "service.toml"
+    good = f'keys = [{{id = "a", sha256 = "{"0" * 64}", scopes = ["predict"]}}]'
+    path.write_text(f"{wrong.format(key=key)}\n{good}\n")
+    with pytest.raises(OptionError) as raised:
+        load_settings(path, bundle="b")
+    assert wrong.split()[0] in str(raised.value)
+    assert key not in str(raised.value)
+    assert "0" * 64 not in str(raised.value)
+
+
 def test_a_file_that_is_not_text(tmp_path: Path) -> None:
     path = tmp_path / "service.toml"
     path.write_bytes(b"\xff\xfe\x00")

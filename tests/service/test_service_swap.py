@@ -18,8 +18,18 @@ from typing import Any
 import httpx2
 import pytest
 from process_helpers import engine_pids, is_alive
-from service_helpers import ServerProcess, check_problem, post, predictions, wait_ready, wait_until
+from service_helpers import (
+    Gate,
+    ServerProcess,
+    check_problem,
+    install,
+    post,
+    predictions,
+    wait_ready,
+    wait_until,
+)
 from starlette.testclient import TestClient
+from test_service_describe import read_metrics
 
 from mithridate.bundle import MANIFEST, MODEL, Bundle
 from service.app import create_app
@@ -234,6 +244,34 @@ def test_going_back_is_to_what_it_was(here: tuple[TestClient, Shelf], clean: lis
     manifest.write_bytes(kept)
     assert client.post("/admin/bundle/rollback").json()["current"]["digest"] == shelf.digests["digits"]
     assert predictions(post(client, clean[0]))[0]["label"] == "4"
+
+
+def test_a_straggler_does_not_make_telemetry_begin_anew(here: tuple[TestClient, Shelf], clean: list[bytes]) -> None:
+    """Else, while both bundles answer, whatever was seen of an attack is forgotten at every turn."""
+    client, _ = here
+    app: Any = client.app
+    service = app.state.service
+
+    def counted() -> tuple[float, float]:
+        service.watching.telemetry.flush()
+        metrics = read_metrics(client)
+        return metrics["compared_queries_total",], metrics["not_compared_queries_total",]
+
+    gate = Gate(service.engine.loaded.defences["none"])
+    install(client, gate)
+    before = service.bundles.current.name
+    with ThreadPoolExecutor(1) as threads:
+        late = threads.submit(post, client, clean[0], defense="gate")
+        assert gate.entered.wait(30)
+        assert swap(client, "words" if before != "words" else "digits").status_code == 200
+        post(client, clean[1])
+        compared, left_out = counted()
+        recent = service.watching.telemetry._recent
+        gate.opened.set()
+        assert late.result(30).json()["bundle"]["name"] == before
+    post(client, clean[2])
+    assert counted() == (compared + 1, left_out + 1)
+    assert service.watching.telemetry._recent is recent
 
 
 def test_who_may_not(here: tuple[TestClient, Shelf], client: TestClient) -> None:
