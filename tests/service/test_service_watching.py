@@ -67,9 +67,9 @@ def test_what_is_shed_is_counted_by_reason(serving: Serving, clean: list[bytes])
 
 
 def test_access_lines_say_why_a_request_was_shed(serving: Serving, clean: list[bytes], json_lines: Any) -> None:
-    with serving(queue_size=1) as client, crowd(client, clean[0]):
+    with serving(queue_size=1, offer=["none"], defense="none") as client, crowd(client, clean[0]):
         assert post(client, clean[1]).status_code == 429
-    with serving(max_buffered_bytes=10) as client:
+    with serving(max_buffered_bytes=10, offer=["none"], defense="none") as client:
         assert post(client, clean[1]).status_code == 429
         assert read_metrics(client)["shed_total", "memory"] == 1
     lines = [line for line in json_lines() if line["logger"] == "mithridate.access" and line["status"] == 429]
