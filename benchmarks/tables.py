@@ -290,6 +290,7 @@ _KINDS: tuple[_Kind, ...] = (
     (lambda content: "fuzzed" in content, _fuzz),
     (lambda content: "near_duplicates" in content, tables_attacks.near_duplicates),
     (lambda content: "hostile" in content, tables_service.hostile),
+    (lambda content: "saturation" in content, tables_service.saturation),
 )
 
 
