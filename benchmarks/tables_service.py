@@ -43,8 +43,8 @@ def saturation(content: dict[str, Any]) -> Iterator[str]:
     """What is left of a service that is asked for too much."""
     knee = content["knee"]
     yield (
-        f"\nKnee: {knee['goodput']:.0f} answers a second within {content['objective_ms']:g} ms. Then several times that, "
-        f"{content['seconds']:g} s each, open model, {content['connections']} connections:"
+        f"\nKnee: {knee['goodput']:.0f} answers a second within {content['objective_ms']:g} ms. Then several times "
+        f"that, {content['seconds']:g} s each, open model, {content['connections']} connections:"
     )
     yield from table(
         [
@@ -55,8 +55,10 @@ def saturation(content: dict[str, Any]) -> Iterator[str]:
             "shed p50, p99 ms",
             "/livez p50, p99 ms",
             "loop lag p99, at most ms",
-        ]
-        + ["other errors", "memory, MB", "growth"],
+            "other errors",
+            "memory, MB",
+            "growth",
+        ],
         [_overload(row, knee["goodput"]) for row in content["saturation"]],
     )
 
