@@ -69,15 +69,22 @@ class Admission:
         allowance = self._allowances.of(caller.key)
         if allowance is not None and (spent := allowance.spent()):
             raise self._used_up(spent)
-        if len(self._inside) >= self._settings.queue_size:
-            raise self._full("queue-full", f"{len(self._inside)} requests are waiting already")
-        if self.queued_seconds >= self._settings.queue_seconds:
-            raise self._full("cost", f"what waits already takes about {self.queued_seconds:.1f} s")
+        full = self.no_room()
+        if full is not None:
+            raise full
         if allowance is not None and allowance.requests is not None:
             allowance.requests.take(1.0)
         ticket = Ticket(allowance=allowance, estimate=self.costs.estimate(self.default, 1))
         self._inside.add(ticket)
         return ticket
+
+    def no_room(self) -> Problem | None:
+        """What whoever comes now is refused with, for those who are there already; None where there is room."""
+        if len(self._inside) >= self._settings.queue_size:
+            return self._full("queue-full", f"{len(self._inside)} requests are waiting already")
+        if self.queued_seconds >= self._settings.queue_seconds:
+            return self._full("cost", f"what waits already takes about {self.queued_seconds:.1f} s")
+        return None
 
     @contextmanager
     def reading(self, ticket: Ticket) -> Iterator[None]:

@@ -24,6 +24,7 @@ from service.body_memory import BodyMemoryMiddleware
 from service.bundles import Bundles
 from service.collectors import watch_lag
 from service.decode_pool import DecodePool
+from service.door import DoorMiddleware
 from service.engines import AnyEngine
 from service.keys import Caller, Scope
 from service.lab import LabOptions, add_lab, choose_lab, cost_name, metric_name
@@ -270,6 +271,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.service = service
     problems.install(app)
     app.add_middleware(BodyMemoryMiddleware, max_bytes=settings.max_buffered_bytes)
+    app.add_middleware(DoorMiddleware, service=service)
     app.add_middleware(
         RequestMiddleware, tracing=service.watching.tracing, log_client_address=settings.log_client_address
     )

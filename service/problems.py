@@ -98,6 +98,11 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(Exception, on_anything)
 
 
+def respond(request: Request, problem: Problem) -> JSONResponse:
+    """The answer that ``problem`` is."""
+    return _response(request, problem.status, problem.detail, problem.headers)
+
+
 def _methods(request: Request) -> str:
     """What is taken at this address: a router names the methods of the first of its routes alone."""
     found = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
