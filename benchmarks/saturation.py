@@ -158,7 +158,9 @@ class _Service:
 def _probing(port: int) -> Iterator[list[tuple[int, float]]]:
     """Fills the list at the end of the block."""
     found: list[tuple[int, float]] = []
-    probe = subprocess.Popen([sys.executable, "-c", _PROBE, str(port)], stdout=subprocess.PIPE, text=True)
+    probe = subprocess.Popen(
+        [sys.executable, "-c", _PROBE, str(port)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
     try:
         yield found
     finally:

@@ -244,7 +244,10 @@ class GuardedProtocol(H11Protocol):
             answered = False
         if not answered:
             self.transport.write(_answer(status, detail, retry=retry))
-        self.transport.write_eof() if self.transport.can_write_eof() else self.transport.close()
+        try:
+            self.transport.write_eof() if self.transport.can_write_eof() else self.transport.close()
+        except OSError:  # the client has gone before it was refused
+            self.transport.abort()
         if len(self.connections) > 2 * self.guard.limits.max_connections:
             self.transport.abort()
         self._start(_LINGER_S, self.transport.abort)

@@ -58,6 +58,9 @@ def test_a_full_queue_sheds_and_recovers(serving: Serving, background: ThreadPoo
         slow = keep_busy(background, client, clean[0], seconds=1)
         shed = post(client, clean[1])
         check_problem(shed, 429, "1 requests")
+        at_the_door = client.post("/v1/predict?no=option", content=b"x", headers={"Content-Type": "text/plain"})
+        check_problem(at_the_door, 429, "1 requests")  # nothing of it has been looked at
+        assert 'mithridate_shed_total{reason="queue-full"} 2.0' in client.get("/metrics").text
         assert shed.headers["retry-after"].isdecimal()
         assert int(shed.headers["retry-after"]) >= 1
         assert client.get("/livez").status_code == client.get("/readyz").status_code == 200
