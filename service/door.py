@@ -32,7 +32,7 @@ class DoorMiddleware:
         if scope["type"] != "http" or scope["path"] != _PATH or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
-        problem = self._service.admission.no_room()
+        problem = self._service.admission.no_room() if self._service.ready else None
         if problem is None:
             await self._app(scope, receive, send)
             return

@@ -169,7 +169,7 @@ def test_a_service_within_this_process(digits_bundle: Path, files: list[bytes]) 
 
     async def main() -> Answer:
         app = create_app(load_settings(bundle=digits_bundle, seed=7))
-        client = AsyncClient("http://service", transport=httpx2.ASGITransport(app))
+        client = AsyncClient("http://localhost", transport=httpx2.ASGITransport(app))
         async with app.router.lifespan_context(app), client:
             return await client.predict(files[0])
 

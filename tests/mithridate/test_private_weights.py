@@ -14,8 +14,9 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from mithridate.defenses.learner import Examples, Learner, chooses_bfloat16, runs_together
-from mithridate.defenses.private_weights import FoldedConv, PrivateWeights, fold
+from mithridate.defenses.private_weights import PrivateWeights
 from mithridate.models.cifar_resnet import CifarResNet
+from mithridate.models.folding import FoldedConv, fold
 from mithridate.models.small_cnn import SmallCNN
 
 

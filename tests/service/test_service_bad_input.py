@@ -82,7 +82,7 @@ JSON_BODIES = [
     Case("not json", 400, "Invalid JSON", b"{images: [}", JSON),
     Case("json cut off", 400, "Invalid JSON", body(images=[b64(SMALL)])[:-2], JSON),
     Case("json not utf-8", 400, "Invalid JSON", b'{"images": ["\xff"]}', JSON),
-    Case("json too deep", 400, "Invalid JSON", b"[" * 50_000, JSON),
+    Case("json too deep", 413, "too many lists", b"[" * 50_000, JSON),
     Case("json list", 422, "object", b"[]", JSON),
     Case("json null", 422, "object", b"null", JSON),
     Case("no images field", 422, "images", body(top_k=1), JSON),

@@ -29,7 +29,7 @@ def send_slowly(bundle: Path, chunks: AsyncIterator[bytes], **flags: Any) -> htt
         transport = httpx2.ASGITransport(app)
         async with (
             app.router.lifespan_context(app),
-            httpx2.AsyncClient(transport=transport, base_url="http://service") as client,
+            httpx2.AsyncClient(transport=transport, base_url="http://localhost") as client,
         ):
             while (await client.get("/readyz")).status_code != 200:  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
@@ -94,7 +94,7 @@ def test_bodies_that_are_still_coming_take_nobodys_place(digits_bundle: Path, cl
         transport = httpx2.ASGITransport(app)
         async with (
             app.router.lifespan_context(app),
-            httpx2.AsyncClient(transport=transport, base_url="http://service") as client,
+            httpx2.AsyncClient(transport=transport, base_url="http://localhost") as client,
         ):
             while (await client.get("/readyz")).status_code != 200:  # noqa: ASYNC110
                 await asyncio.sleep(0.02)

@@ -47,7 +47,7 @@ def test_alive_before_ready(digits_bundle: Path) -> None:
         app = create_app(load_settings(bundle=digits_bundle))
         async with (
             app.router.lifespan_context(app),
-            httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://service") as client,
+            httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://localhost") as client,
         ):
             assert (await client.get("/livez")).json() == {"status": "alive"}
             for path in ("/readyz", "/v1/bundle", "/v1/defenses"):
