@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -19,7 +19,7 @@ from mithridate.evaluation.findings import DefenceFindings, Evaluation, Paired, 
 from mithridate.evaluation.reader import read_evaluation
 
 
-def main(out: Path, name: str) -> None:
+def main(out: Path, name: Annotated[str, typer.Option()]) -> None:
     found = read_evaluation(out / "evaluation.json")
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(_summary(found), indent=1) + "\n")
