@@ -29,8 +29,9 @@ import typer
 from numpy.typing import NDArray
 
 from benchmarks import results
+from benchmarks.digits import bundle_or_digits
 from benchmarks.hostile_requests import DEFENCES, ENDLESS, MAX_BODY, Hostile
-from cli.demo import run_command, running_service
+from cli.demo import running_service
 from cli.output import print_table
 from mithridate.attacks import parse_attack
 from mithridate.bundle import Bundle
@@ -53,9 +54,7 @@ def main(
     seed: int = 0,
     name: str = "hostile-isolation",
 ) -> None:
-    if bundle is None:
-        bundle = Path("build/demo/bundle")
-        run_command("build", "--dataset", "digits[train]", "--epsilon", "32/255", "--out", str(bundle), "--resume")
+    bundle = bundle_or_digits(bundle)
     opened = Bundle.open(bundle)
     attacked = _attack(opened, dataset, 40 + images)
     clean = [encode_png(image) for image in load_dataset(dataset).images[:images]]

@@ -138,6 +138,11 @@ def _shuffle(parts: list[Any], draw: random.Random) -> None:
         parts.insert(draw.randrange(len(parts) + 1), part)
 
 
+def _blur_one(chunks: list[tuple[bytes, bytes]], draw: random.Random) -> None:
+    at = draw.randrange(len(chunks))
+    chunks[at] = (chunks[at][0], _blur(chunks[at][1], draw))
+
+
 def _png(data: bytes, draw: random.Random) -> bytes:
     """Chunks changed, moved, doubled, made up; pixels changed under their compression; all checksums right."""
     chunks, at = list[tuple[bytes, bytes]](), 8
@@ -149,8 +154,7 @@ def _png(data: bytes, draw: random.Random) -> bytes:
     if action == 0:
         _shuffle(chunks, draw)
     elif action == 1 and chunks:
-        at = draw.randrange(len(chunks))
-        chunks[at] = (chunks[at][0], _blur(chunks[at][1], draw))
+        _blur_one(chunks, draw)
     elif action == 2 and chunks and len(chunks[0][1]) == 13:
         width, height = (draw.choice((1, 8, 19, 24, 40, 4000, 16_384)) for _ in "wh")
         rest = bytes([draw.choice((1, 2, 4, 8, 16)), draw.choice((0, 2, 3, 4, 6)), 0, 0, draw.randrange(2)])
@@ -183,8 +187,7 @@ def _webp(data: bytes, draw: random.Random) -> bytes:
     if action == 0:
         _shuffle(chunks, draw)
     elif action == 1 and chunks:
-        at = draw.randrange(len(chunks))
-        chunks[at] = (chunks[at][0], _blur(chunks[at][1], draw))
+        _blur_one(chunks, draw)
     elif action == 2:
         name = draw.choice((b"VP8X", b"ALPH", b"ANIM", b"ANMF", b"ICCP", b"EXIF", b"XMP ", b"VP8L", b"VP8 ", b"oops"))
         chunks.insert(draw.randrange(len(chunks) + 1), (name, draw.choice((EXIF, b"", draw.randbytes(10), bytes(100)))))

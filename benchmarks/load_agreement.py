@@ -37,11 +37,10 @@ from attack_client.generator import Connections, Payload, Shooting, Traffic, clo
 from attack_client.load_statistics import summarise
 from attack_client.wire import Target
 from benchmarks import results
-from cli.demo import run_command, running_service
+from benchmarks.digits import bundle_or_digits, image_or_digit
+from cli.demo import running_service
 from cli.output import print_table
-from mithridate.datasets import load_dataset
 from mithridate.evaluation import percentile
-from mithridate.images import encode_png
 
 _WITHIN = {"p50": 0.10, "p99": 0.25}
 _TYPE = "application/octet-stream"
@@ -63,11 +62,8 @@ def main(
     for tool in ("wrk", "hey"):
         if shutil.which(tool) is None:
             raise SystemExit(f"error: {tool} is not installed")
-    if bundle is None:
-        bundle = Path("build/demo/bundle")
-        bundle.parent.mkdir(parents=True, exist_ok=True)
-        run_command("build", "--dataset", "digits[train]", "--epsilon", "32/255", "--out", str(bundle), "--resume")
-    content = image.read_bytes() if image else encode_png(load_dataset("digits[test,:1]").images[0])
+    bundle = bundle_or_digits(bundle)
+    content = image_or_digit(image)
     os.environ.setdefault("MITHRIDATE_THREADS", "1")
     rows: list[dict[str, Any]] = []
     with running_service(bundle, 0) as url, tempfile.TemporaryDirectory() as directory:

@@ -22,7 +22,7 @@ import typer
 from starlette.testclient import TestClient
 
 from benchmarks import results
-from cli.demo import run_command
+from benchmarks.digits import bundle_or_digits
 from cli.options import load_data
 from cli.output import print_table
 from mithridate.attacks.black_box import Square
@@ -54,10 +54,7 @@ def main(
     data_root: Path | None = None,
     name: str = "query-telemetry",
 ) -> None:
-    if bundle is None:
-        bundle = Path("build/demo/bundle")
-        bundle.parent.mkdir(parents=True, exist_ok=True)
-        run_command("build", "--dataset", "digits[train]", "--epsilon", "32/255", "--out", str(bundle), "--resume")
+    bundle = bundle_or_digits(bundle)
     data = load_data(dataset, data_root=data_root, download=False, image_size=None, split="test")
     opened = Bundle.open(bundle)
     resources = Resources.load(opened)

@@ -29,11 +29,10 @@ import typer
 from attack_client.generator import Connections, Payload, Sample, Traffic, closed_loop, open_loop
 from attack_client.wire import Target
 from benchmarks import results
-from cli.demo import run_command, running_service
+from benchmarks.digits import bundle_or_digits, image_or_digit
+from cli.demo import running_service
 from cli.output import print_table
-from mithridate.datasets import load_dataset
 from mithridate.evaluation import percentile
-from mithridate.images import encode_png
 
 _KNEE = (0.6, 0.8, 0.9, 1.0, 1.1, 1.2)
 _SHED = 429
@@ -62,11 +61,8 @@ def main(
     objective_ms: float = 1000.0,
     name: str = "saturation",
 ) -> None:
-    if bundle is None:
-        bundle = Path("build/demo/bundle")
-        bundle.parent.mkdir(parents=True, exist_ok=True)
-        run_command("build", "--dataset", "digits[train]", "--epsilon", "32/255", "--out", str(bundle), "--resume")
-    content = image.read_bytes() if image else encode_png(load_dataset("digits[test,:1]").images[0])
+    bundle = bundle_or_digits(bundle)
+    content = image_or_digit(image)
     os.environ.setdefault("MITHRIDATE_THREADS", "1")
     with running_service(bundle, 0) as url:
         service = _Service(url, content, connections, objective_ms / 1000)

@@ -22,7 +22,8 @@ import typer
 from attack_client.client import AsyncClient
 from attack_client.load import Shot, fire
 from benchmarks import results
-from cli.demo import run_command, running_service
+from benchmarks.digits import bundle_or_digits
+from cli.demo import running_service
 from cli.options import load_data
 from cli.output import print_table
 from mithridate.evaluation import percentile
@@ -39,10 +40,7 @@ def main(
     data_root: Path | None = None,
     name: str = "throughput",
 ) -> None:
-    if bundle is None:
-        bundle = Path("build/demo/bundle")
-        bundle.parent.mkdir(parents=True, exist_ok=True)
-        run_command("build", "--dataset", "digits[train]", "--epsilon", "32/255", "--out", str(bundle), "--resume")
+    bundle = bundle_or_digits(bundle)
     data = load_data(dataset, data_root=data_root, download=False, image_size=None, split="test")
     images = [encode_png(image) for image in data.images]
     defenses = defense or ["none", "rmc", "webnn"]

@@ -17,7 +17,7 @@ from service.bundles import Bundles, Served, SwapBusyError
 from service.openapi import KEY_ERRORS, responses
 from service.problems import Problem
 from service.schemas import BundleRef
-from service.uploads import read_body
+from service.uploads import media_type_of, read_body
 
 if TYPE_CHECKING:
     from service.app import Service
@@ -74,7 +74,7 @@ def add_admin(app: FastAPI, service: Service) -> None:
         """Verifies and loads a bundle beside the one that serves, then lets it answer instead: no request is dropped,
         none is answered by both. The answer comes when it is live."""
         _allow(service, request)
-        _require_serving(service)
+        service.require_ready()
         body = await _read(request, service)
         path = _inside(_root(service), body.path)
         return await _change(bundles, bundles.swap(path, named=body.path), hide={path: body.path})
@@ -83,14 +83,14 @@ def add_admin(app: FastAPI, service: Service) -> None:
     async def roll_back(request: Request) -> LiveBundles:
         """Puts the bundle before this one live again, if its digest is still what it was."""
         _allow(service, request)
-        _require_serving(service)
+        service.require_ready()
         previous = bundles.previous
         return await _change(bundles, bundles.roll_back(), hide={previous.path: previous.name} if previous else {})
 
 
 async def _read(request: Request, service: Service) -> SwapBody:
     """What is asked for, read only once it is known who asks. Raises Problem."""
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    media_type = media_type_of(request)
     if media_type != "application/json":
         raise Problem(415, f"content type {media_type[:80] or '(none)'!r} is not taken; allowed: application/json")
     body = await read_body(request, service.settings, max_bytes=_MAX_BODY_BYTES)
@@ -134,12 +134,6 @@ def _allow(service: Service, request: Request) -> None:
     caller = service.authorize(request, "admin")
     if caller.key_id is None and not is_loopback(request.url.hostname or ""):
         raise Problem(403, "bundles are changed from the service's own machine, by no web page")
-
-
-def _require_serving(service: Service) -> None:
-    service.require_loaded()
-    if service.draining:
-        raise Problem(503, "draining")
 
 
 def _root(service: Service) -> Path:

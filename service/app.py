@@ -144,6 +144,13 @@ class Service:
             raise Problem(503, detail, headers={"Retry-After": "1"}, reason=reason)
         return loaded
 
+    def require_ready(self) -> Loaded[Any]:
+        """What is served, to whoever may go on asking. Raises Problem 503 while there is nothing, and when draining."""
+        loaded = self.require_loaded()
+        if self.draining:
+            raise Problem(503, "draining")
+        return loaded
+
     def authorize(self, request: Request, *scopes: Scope) -> Caller:
         """Who asks, who has all of ``scopes``. Raises Problem 401 without a key that is known, 403 without a scope."""
         return self.access.authorize(request, *scopes)
@@ -175,8 +182,8 @@ class Service:
             record.defense, manifest = metric_name(defence), loaded.bundle.manifest
             deadline_ms = min(options.deadline_ms or math.inf, self.settings.deadline_ms)
             deadline = time.monotonic() + deadline_ms / 1000 - (time.perf_counter() - started)
-            left = deadline - time.monotonic()
-            self.admission.price(ticket, cost_name(defence), len(upload.files), seconds_left=left)
+            name, seconds_left = cost_name(defence), deadline - time.monotonic()
+            self.admission.price(ticket, name, len(upload.files), seconds_left=seconds_left)
             async with while_wanted(request, deadline=deadline, on_leaving=engine.forget_ended) as wanted:
                 decoding = time.perf_counter()
                 with wanted.stopped_at_once():
@@ -217,8 +224,8 @@ class Service:
         if needs_explain(options):
             self.authorize(request, "explain")
         try:
-            chosen = choose_lab(loaded, options) if isinstance(options, LabOptions) else loaded.defence(options.defense)
-            defence: Named = chosen
+            lab = choose_lab(loaded, options) if isinstance(options, LabOptions) else None
+            defence: Named = lab or loaded.defence(options.defense)
         except MithridateError as error:
             raise to_problem(error) from error
         if defence.name != loaded.default:

@@ -42,7 +42,7 @@ class Engine:
         # A daemon, closed at exit: a process that is told to end at once must not wait for a queue that never moves.
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self.service_seconds = 0.05
-        """Moving average of the engine's time that a request takes up; what Retry-After is computed from."""
+        """Moving average of the engine's time that a request takes up."""
         self.on_batch: Callable[[BatchSize], None] = lambda size: None
         """Called in the engine's thread with each batch that it has run."""
         self.on_begin: Callable[[Sequence[Waiting]], None] = lambda batch: None

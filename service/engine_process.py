@@ -111,8 +111,6 @@ class ProcessEngine:
         self._listening: asyncio.Task[None] | None = None
         self._closing = False
         self._last_words: str | None = None
-        self.service_seconds = 0.05
-        """Moving average of the engine's time that a request takes up; what Retry-After is computed from."""
         self.on_batch: Callable[[BatchSize], None] = lambda size: None
         """Called with each batch that it has run."""
         self.on_death: Callable[[BaseException], None] = lambda error: None
@@ -273,7 +271,6 @@ class ProcessEngine:
                     if number in self._asked:
                         self._asked[number].begun = True
             case "batch":
-                self.service_seconds = message["seconds"]
                 self.on_batch(BatchSize(requests=message["requests"], images=message["images"]))
             case "answer" | "error":
                 asked = self._asked.pop(message["id"], None)

@@ -21,7 +21,7 @@ from mithridate.errors import BudgetExceededError, MithridateError
 from service import logs
 from service.batching import Answer, BatchSize, EngineStoppedError, Waiting
 from service.engine import Engine
-from service.lab import read_lab
+from service.lab_defence import read_lab
 from service.loading import Loaded
 from service.settings import Settings
 from service.wire import PREFIX, Message, WireError, decode, encode, sizes
@@ -143,8 +143,7 @@ class _Worker:
         self._send({"type": "begun", "ids": [request.number for request in batch]})
 
     def _ran(self, size: BatchSize) -> None:
-        seconds = self._engine.service_seconds
-        self._send({"type": "batch", "requests": size.requests, "images": size.images, "seconds": seconds})
+        self._send({"type": "batch", "requests": size.requests, "images": size.images})
 
     def _die(self, error: BaseException) -> None:
         self._send({"type": "dying", "said": f"{type(error).__name__}: {error}"})

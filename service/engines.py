@@ -26,11 +26,6 @@ class AnyEngine(Protocol):
     on_death: Callable[[BaseException], None]
 
     @property
-    def service_seconds(self) -> float:
-        """Moving average of the time that a request takes up; what Retry-After is computed from."""
-        ...
-
-    @property
     def loaded(self) -> Loaded[Any] | None:
         """What it answers from; None before it is loaded, and as soon as nobody answers any more."""
         ...
@@ -90,11 +85,6 @@ class Processes:
         for engine in self._engines:
             engine.on_batch = lambda size: self.on_batch(size)
             engine.on_death = lambda error: self.on_death(error)
-
-    @property
-    def service_seconds(self) -> float:
-        """Time that a request takes up, of all engines together."""
-        return sum(engine.service_seconds for engine in self._engines) / len(self._engines) ** 2
 
     @property
     def loaded(self) -> Loaded[Named] | None:

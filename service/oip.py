@@ -62,7 +62,7 @@ def _add_server(app: FastAPI, service: Service) -> None:
     @app.get("/v2/health/ready", tags=["open inference protocol"], responses=errors(503))
     async def server_ready() -> ServerReady:
         """As `/readyz`: the model answers, and the service is not draining."""
-        _require_ready(service)
+        service.require_ready()
         return ServerReady(live=True, ready=True)
 
 
@@ -98,7 +98,7 @@ def _add_infer(app: FastAPI, service: Service) -> None:
 
 def _add_model(app: FastAPI, service: Service) -> None:
     def ready(name: str, version: str | None = None) -> ModelReady:
-        _require_model(_require_ready(service), name, version, tell=False)
+        _require_model(service.require_ready(), name, version, tell=False)
         return ModelReady(name=name, ready=True)
 
     def metadata(request: Request, name: str, version: str | None = None) -> ModelMetadata:
@@ -128,13 +128,6 @@ def _add_model(app: FastAPI, service: Service) -> None:
     async def model_metadata(request: Request, name: str) -> ModelMetadata:
         """Inputs and outputs of the model."""
         return metadata(request, name)
-
-
-def _require_ready(service: Service) -> Loaded[Any]:
-    loaded = service.require_loaded()
-    if service.draining:
-        raise Problem(503, "draining")
-    return loaded
 
 
 def _require_model(loaded: Loaded[Any], name: str, version: str | None, *, tell: bool = True) -> Loaded[Any]:

@@ -20,7 +20,7 @@ from mithridate.bundle import Manifest
 from service.oip_schemas import InferParameters, InferRequest, InputParameters, OutputParameters, RequestInput
 from service.problems import Problem
 from service.settings import Settings
-from service.uploads import check_count, count_elements
+from service.uploads import check_count, count_elements, media_type_of
 
 INPUT = "images"
 DATATYPES = ("UINT8", "FP32", "BYTES")
@@ -48,7 +48,7 @@ def json_length(request: Request) -> int | None:
     encoding = request.headers.get("content-encoding", "identity").lower()
     if encoding != "identity":
         raise Problem(415, f"content encoding {encoding[:80]!r} is not taken; send the body as it is")
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    media_type = media_type_of(request)
     if media_type not in ("", "application/json", "application/octet-stream"):
         raise Problem(
             415, f"content type {media_type[:80]!r} is not taken; allowed: application/json, application/octet-stream"

@@ -84,9 +84,7 @@ def _add_health(app: FastAPI, service: Service) -> None:
     @app.get("/readyz", tags=["health"], responses=responses(path="/readyz"))
     async def readyz() -> dict[str, str]:
         """The bundle is verified, one warm adaptation has run, the engine lives, and the service is not draining."""
-        service.require_loaded()
-        if service.draining:
-            raise Problem(503, "draining")
+        service.require_ready()
         return {"status": "ready"}
 
     @app.get(

@@ -49,9 +49,14 @@ class Upload:
     """Told what the engine answered, and from which bundle, before that is reported; another may be live by then."""
 
 
+def media_type_of(request: Request) -> str:
+    """What the body is said to be, in lower case and without parameters; empty where nothing is said."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
 async def read_upload(request: Request, options: PredictOptions, settings: Settings) -> Upload:
     """Reads the body in whichever form it has. Raises Problem for what cannot be used."""
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    media_type = media_type_of(request)
     if media_type not in (*RAW_TYPES, "multipart/form-data", "application/json"):
         raise Problem(415, f"content type {media_type or '(none)'!r} is not taken; {_ALLOWED}")
     body = await read_body(request, settings)

@@ -14,6 +14,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # make test has two processes; threads 
 
 import pytest
 import torch
+from browser_helpers import Browser, find_browser
 
 from index_builder.build import BuildPlan, build_bundle
 from index_builder.prm_training import PRMPlan, train_prm
@@ -97,3 +98,12 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"there is no {SHARED.name}/ with data and weights beside the checkout")
     return SHARED
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    binary = find_browser()
+    if binary is None:
+        pytest.skip("there is no Chromium on this machine; install one, or name it in CHROMIUM")
+    with Browser(binary, tmp_path_factory.mktemp("profile")) as browser:
+        yield browser

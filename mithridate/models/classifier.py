@@ -143,7 +143,7 @@ class Classifier(nn.Module):
     @property
     def is_quick(self) -> bool:
         """Whether folded copies of the layers answer."""
-        return self._quick is not None and self._quick.versions == self._versions()
+        return self._valid_quick() is not None
 
     def quicken(self) -> None:
         """Lets ``forward`` and ``trace`` run folded copies of their layers, channels last: the same to rounding, in
@@ -163,6 +163,10 @@ class Classifier(nn.Module):
         pairs = [(expected[0], found[0]), (expected[1].embedding, found[1].embedding)]
         if not all(torch.allclose(one, other, rtol=1e-3, atol=1e-4) for one, other in pairs):
             self._quick = None
+
+    def _valid_quick(self) -> _Quick | None:
+        """The folded copies, where they are of the weights as these are now."""
+        return self._quick if self._quick is not None and self._quick.versions == self._versions() else None
 
     def _versions(self) -> int:
         """Goes up whenever weights or statistics are written to."""
@@ -185,7 +189,8 @@ class Classifier(nn.Module):
 
     def forward(self, images: Images) -> Logits:
         """``[N, C, H, W]`` in [0, 1] to logits ``[N, num_classes]``."""
-        network = self._quick.network if self._quick is not None and self.is_quick else self.network
+        quick = self._valid_quick()
+        network = self.network if quick is None else quick.network
         logits: Logits = network(self.normalise(images))
         return logits
 
@@ -198,7 +203,8 @@ class Classifier(nn.Module):
         """
         count = len(images)
         images = padded(images)
-        trunk = self._quick.trunk if self._quick is not None and self.is_quick else self._trunk[0]
+        quick = self._valid_quick()
+        trunk = self._trunk[0] if quick is None else quick.trunk
         embedding, head_input, *rest = trunk(self.normalise(images))
         flat = pooled(embedding)[:count]
         return Trace(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import ipaddress
-
+from service.access import is_loopback
 from service.settings import Settings
 
 
@@ -11,7 +10,4 @@ def shows_exemplars(settings: Settings) -> bool:
     """Whether training images may leave the service at all: as told, else only where nobody else can reach it."""
     if settings.page_exemplars is not None:
         return settings.page_exemplars
-    try:
-        return ipaddress.ip_address(settings.host).is_loopback
-    except ValueError:
-        return settings.host == "localhost"
+    return is_loopback(settings.host)

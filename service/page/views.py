@@ -12,7 +12,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from mithridate.evaluation import wording
 from mithridate.exemplars import CLEAN
-from service.lab import MAX_LEVELS, STEPS, LabResponse
+from service.lab import MAX_LEVELS, LabResponse
+from service.lab_defence import STEPS
 from service.loading import Loaded
 from service.page.pictures import SMALL, Thumbnail, difference, thumbnails
 from service.schemas import ImagePrediction, PredictResponse, Timings

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
-from browser_helpers import Browser, find_browser
+from browser_helpers import Browser
 from evaluation_helpers import synthetic, ugly
 from extras_helpers import APART, COST, MADE, STANDS
 
@@ -24,15 +23,6 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     for name, evaluation in (("fair", synthetic(extras=extras)), ("ugly", replace(ugly(), extras=extras))):
         write_report(evaluation, out / name)
     return {name: (out / name / "report.html").as_uri() for name in ("fair", "ugly")}
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    binary = find_browser()
-    if binary is None:
-        pytest.skip("there is no Chromium on this machine; install one, or name it in CHROMIUM")
-    with Browser(binary, tmp_path_factory.mktemp("profile")) as browser:
-        yield browser
 
 
 @pytest.mark.parametrize("name", ["fair", "ugly"])

@@ -33,7 +33,7 @@ SLOW = "rmc:scope=all,neighbors=1024,epochs=1000,patience=1000"
 QUICK_ALL = "rmc:scope=all,neighbors=48,learning_rate=0.001,epochs=2,batch_size=12"
 """Fine-tunes all weights, visibly and in random order, in a few hundredths of a second."""
 
-_SERVE = """
+SERVE = """
 import json, sys
 from service.server import serve
 from service.settings import load_settings
@@ -205,7 +205,7 @@ class ServerProcess:
         settings = json.dumps({"port": 0, "seed": 7, "isolation": "thread", **flags}, default=str)
         with log.open("wb") as sink:
             self.process = subprocess.Popen(
-                [sys.executable, "-W", "error", "-c", _SERVE, settings], stdout=sink, stderr=sink, cwd=ROOT
+                [sys.executable, "-W", "error", "-c", SERVE, settings], stdout=sink, stderr=sink, cwd=ROOT
             )
         self.url = self._await_url()
         self.client = httpx2.Client(base_url=self.url, timeout=60)

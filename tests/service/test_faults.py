@@ -11,14 +11,7 @@ from pathlib import Path
 
 import httpx2
 import pytest
-from service_helpers import ROOT, Serving, post, predictions, wait_ready
-
-_SERVE = """
-import json, sys
-from service.server import serve
-from service.settings import load_settings
-serve(load_settings(**json.loads(sys.argv[1])))
-"""
+from service_helpers import ROOT, SERVE, Serving, post, predictions, wait_ready, wait_until
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
@@ -28,10 +21,10 @@ def test_a_log_that_cannot_be_written_costs_no_answer(digits_bundle: Path, clean
         port = free.getsockname()[1]
     settings = json.dumps({"bundle": str(digits_bundle), "port": port, "seed": 7, "isolation": "thread"})
     with Path("/dev/full").open("wb", buffering=0) as full:
-        process = subprocess.Popen([sys.executable, "-c", _SERVE, settings], stdout=full, stderr=full, cwd=ROOT)
+        process = subprocess.Popen([sys.executable, "-c", SERVE, settings], stdout=full, stderr=full, cwd=ROOT)
     try:
         with httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
-            _await_port(process, port)
+            wait_until(lambda: _answers(process, port), seconds=60)
             wait_ready(client)
             for file in clean[:3]:
                 assert predictions(post(client, file))
@@ -42,15 +35,10 @@ def test_a_log_that_cannot_be_written_costs_no_answer(digits_bundle: Path, clean
         process.wait()
 
 
-def _await_port(process: subprocess.Popen[bytes], port: int) -> None:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        assert process.poll() is None, "the service has ended"
-        with socket.socket() as attempt:
-            if not attempt.connect_ex(("127.0.0.1", port)):
-                return
-        time.sleep(0.05)
-    raise AssertionError("the service did not start")
+def _answers(process: subprocess.Popen[bytes], port: int) -> bool:
+    assert process.poll() is None, "the service has ended"
+    with socket.socket() as attempt:
+        return attempt.connect_ex(("127.0.0.1", port)) == 0
 
 
 @pytest.mark.parametrize("jump", [-86_400.0, 86_400.0])

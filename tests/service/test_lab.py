@@ -14,7 +14,7 @@ from starlette.testclient import TestClient
 from test_service_describe import read_metrics
 
 from mithridate.images import decode_image
-from service.lab import LabDefence, read_lab
+from service.lab_defence import LabDefence, read_lab
 
 
 @pytest.fixture(scope="module")

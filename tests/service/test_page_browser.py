@@ -9,20 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from browser_helpers import Browser, find_browser
+from browser_helpers import Browser
 from page_helpers import Visitor
 from service_helpers import ServerProcess, wait_ready
 
 from mithridate.images import encode_png
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    binary = find_browser()
-    if binary is None:
-        pytest.skip("there is no Chromium on this machine; install one, or name it in CHROMIUM")
-    with Browser(binary, tmp_path_factory.mktemp("profile")) as browser:
-        yield browser
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +22,25 @@ from service.settings import load_settings
 _HEADERS = {"Content-Type": "image/png"}
 
 
+@asynccontextmanager
+async def ready_service(bundle: Path, **flags: Any) -> AsyncIterator[httpx2.AsyncClient]:
+    """A client of a service of its own, within this process and one event loop."""
+    app = create_app(load_settings(bundle=bundle, seed=7, **flags))
+    transport = httpx2.ASGITransport(app)
+    async with (
+        app.router.lifespan_context(app),
+        httpx2.AsyncClient(transport=transport, base_url="http://localhost") as client,
+    ):
+        while (await client.get("/readyz")).status_code != 200:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+        yield client
+
+
 def send_slowly(bundle: Path, chunks: AsyncIterator[bytes], **flags: Any) -> httpx2.Response:
     """Sends ``chunks`` as they come, with no length announced, to a service of its own."""
 
     async def main() -> httpx2.Response:
-        app = create_app(load_settings(bundle=bundle, seed=7, **flags))
-        transport = httpx2.ASGITransport(app)
-        async with (
-            app.router.lifespan_context(app),
-            httpx2.AsyncClient(transport=transport, base_url="http://localhost") as client,
-        ):
-            while (await client.get("/readyz")).status_code != 200:  # noqa: ASYNC110
-                await asyncio.sleep(0.02)
+        async with ready_service(bundle, **flags) as client:
             response = await client.post("/v1/predict", content=chunks, headers=_HEADERS)
             assert (await client.get("/metrics")).text.count("mithridate_requests_in_flight 0.0") == 1
             return response
@@ -83,7 +91,6 @@ def test_a_body_that_trickles_is_not_waited_for(
 
 def test_bodies_that_are_still_coming_take_nobodys_place(digits_bundle: Path, clean: list[bytes]) -> None:
     async def main() -> None:
-        app = create_app(load_settings(bundle=digits_bundle, seed=7, queue_size=1))
         end = asyncio.Event()
 
         async def waiting() -> AsyncIterator[bytes]:
@@ -91,13 +98,7 @@ def test_bodies_that_are_still_coming_take_nobodys_place(digits_bundle: Path, cl
             await end.wait()
             yield clean[0][20:]
 
-        transport = httpx2.ASGITransport(app)
-        async with (
-            app.router.lifespan_context(app),
-            httpx2.AsyncClient(transport=transport, base_url="http://localhost") as client,
-        ):
-            while (await client.get("/readyz")).status_code != 200:  # noqa: ASYNC110
-                await asyncio.sleep(0.02)
+        async with ready_service(digits_bundle, queue_size=1) as client:
             slow = [
                 asyncio.create_task(client.post("/v1/predict", content=waiting(), headers=_HEADERS)) for _ in range(9)
             ]
