@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from mithridate.attacks import parse_attack
 from mithridate.datasets import LabelledImages
 from mithridate.defenses import Adaptation, Budget, Prediction, Resources, build_defence
 from mithridate.defenses.adapting import Adapted, Query
-from mithridate.defenses.guard import GuardConfig, Guarded, guard, guarded_logits, neighbor_votes
+from mithridate.defenses.guard import GuardConfig, Guarded, guard, guarded_logits, neighbor_votes, suited
 from mithridate.defenses.none import BasePass
 from mithridate.defenses.rmc import RMC
 from mithridate.defenses.selection import Selection
@@ -89,6 +91,35 @@ def test_the_gate_lets_through_what_the_base_model_says_too() -> None:
     votes = torch.tensor([[0.0, 0.0, 1.0]] * 4, dtype=torch.float64)
     fates = guard(asked(), said(), votes, GuardConfig(gate=1)).adaptations
     assert [a.weights for a in fates] == ["base", "base", "adapted", "base"]
+
+
+def test_a_gate_that_was_not_settled_is_no_number() -> None:
+    with pytest.raises(ValueError, match="gate=auto stands for a number that the exemplars give"):
+        guard(asked(), said(), VOTES, GuardConfig(gate="auto"))
+
+
+@pytest.mark.parametrize(("withstood", "gate"), [(0.0, 0.05), (0.09, 0.05), (0.11, 0.3), (1.0, 0.3)])
+def test_an_automatic_gate_is_large_where_the_base_has_something_to_lose(
+    resources: Resources, withstood: float, gate: float
+) -> None:
+    """By the adversarial exemplars alone: the clean ones are all answered as they should be here."""
+    exemplars = copy(resources.exemplars)
+    labels = exemplars.labels.int()
+    wrong = torch.arange(len(labels)) >= exemplars.clean_count + withstood * (len(labels) - exemplars.clean_count)
+    exemplars.predictions = torch.where(wrong, (labels + 1) % 10, labels)
+    defence = build_defence("rmc", replace(resources, exemplars=exemplars))
+    assert isinstance(defence, RMC)
+    assert defence.guarding == suited(GuardConfig(gate="auto"), exemplars) == GuardConfig(gate=gate)
+    assert suited(GuardConfig(gate=0.7), exemplars).gate == 0.7
+
+
+def test_an_automatic_gate_is_large_where_nothing_was_attacked(resources: Resources) -> None:
+    exemplars = copy(resources.exemplars)
+    exemplars.layout = replace(exemplars.layout, copies=("clean",))
+    exemplars.labels, exemplars.predictions = (
+        part[: exemplars.clean_count] for part in (exemplars.labels, exemplars.predictions)
+    )
+    assert suited(GuardConfig(gate="auto"), exemplars).gate == 0.3
 
 
 @pytest.mark.parametrize("options", [{}, {"gate": 0.5}, {"mix": 0.5}, {"gate": 0.65, "mix": 0.1}])
