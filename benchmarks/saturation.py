@@ -34,7 +34,7 @@ from cli.demo import running_service
 from cli.output import print_table
 from mithridate.evaluation import percentile
 
-_KNEE = (0.6, 0.8, 0.9, 1.0, 1.1, 1.2)
+_KNEE = (0.8, 1.0, 1.1, 1.2, 1.35, 1.5)
 _SHED = 429
 
 _PROBE = """

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from mithridate.defenses import Budget, Defence
 from mithridate.errors import BudgetExceededError, MithridateError
-from service import logs
+from service import garbage, logs
 from service.batching import Answer, BatchSize, EngineStoppedError, Waiting
 from service.engine import Engine
 from service.lab_defence import read_lab
@@ -33,6 +33,7 @@ def main(descriptor: int) -> None:
     """Runs until the other end of the socket ``descriptor`` is closed or says so. Never returns."""
     for number in (signal.SIGINT, signal.SIGTERM):  # sent to a whole group of processes: the service decides
         signal.signal(number, signal.SIG_IGN)
+    os.nice(5)
     with socket.socket(fileno=descriptor) as connection:
         try:
             _Worker(connection).run()
@@ -155,6 +156,7 @@ class _Worker:
             self._send({"type": "failed", **_error(error)})
             return
         loaded = loading.result()
+        garbage.set_aside()
         self._send(
             {
                 "type": "loaded",
