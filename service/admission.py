@@ -79,14 +79,13 @@ class Admission:
         return ticket
 
     def no_room(self, coming: int = 0) -> Problem | None:
-        """What whoever comes now is refused with, for those who are there already and ``coming`` others who will be;
-        None where there is room."""
+        """What whoever comes now is refused with, for those who are there already and ``coming`` others who take their
+        places before; None where there is room."""
         waiting = len(self._inside) + coming
         if waiting >= self._settings.queue_size:
             return self._full("queue-full", f"{waiting} requests are waiting already")
-        seconds = self.queued_seconds + coming * self.costs.estimate(self.default, 1) / self.lanes
-        if seconds >= self._settings.queue_seconds:
-            return self._full("cost", f"what waits already takes about {seconds:.1f} s")
+        if self.queued_seconds >= self._settings.queue_seconds:
+            return self._full("cost", f"what waits already takes about {self.queued_seconds:.1f} s")
         return None
 
     @contextmanager

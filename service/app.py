@@ -71,12 +71,13 @@ class Service:
         self.failure: str | None = None
         self.on_failure: Callable[[], None] = lambda: None
         """Called when there is nothing to serve: the bundle cannot be loaded, or the engine has died."""
-        self.on_ready: Callable[[], None] = lambda: None
-        """Called once, when the bundle has been loaded for the first time."""
+        self.on_settled: Callable[[], None] = lambda: None
+        """Called when the bundle has been loaded, and when another has taken its place and it is closed."""
         self._reloading: asyncio.Future[None] | None = None
         self.bundles.on_batch = self.metrics.ran
         self.bundles.on_live = self._set_prices
         self.bundles.on_death = self._die
+        self.bundles.on_retired = lambda: self.on_settled()
         self.metrics.in_flight.set_function(lambda: self.admission.in_flight)
         self.metrics.ready.set_function(lambda: float(self.ready))
         self.metrics.waiting.set_function(lambda: self.engine.waiting)
@@ -102,7 +103,7 @@ class Service:
         """Loads the bundle; afterwards the service is ready, or ``failure`` says why it never will be."""
         try:
             await self.bundles.load()
-            self.on_ready()
+            self.on_settled()
             logger.info("ready")
         except MithridateError as error:
             self.failure = str(error)

@@ -78,25 +78,14 @@ class Door:
     def turn_away(self, data: bytes, client: tuple[str, int] | None) -> bytes | None:
         """The whole answer to ``data``, all that a connection at rest has received; None where that is not one whole
         plain request to predict, or where there is room for it."""
-        if not data.startswith(_START):
+        if not data.startswith(_START) or self._service.watching.tracing.on:  # a span wants what the usual way knows
+            return None
+        started, named = time.perf_counter(), self._read(data)
+        if named is None:
             return None
         problem = self._service.no_room(self._let_in)
         if problem is None:
             self._let_one_in()
-            return None
-        if self._service.watching.tracing.on:  # a span wants what only the usual way knows
-            return None
-        started, match = time.perf_counter(), _PLAIN.match(data)
-        if match is None or not self._small(match):
-            return None
-        found = [(name.lower(), value.strip()) for name, value in _HEADER.findall(match[1])]
-        named = dict(found)
-        if len(found) != len(named) or not _NEEDED <= set(named) <= _READ:
-            return None
-        if named.get(b"connection", b"keep-alive").lower() != b"keep-alive":
-            return None
-        length = named[b"content-length"]
-        if not (length.isdigit() and len(length) < 16 and len(data) == match.end() + int(length)):
             return None
         identity = identify(named.get(b"x-request-id", b"").decode("ascii"))
         answer = self._write(problem, identity)
@@ -131,9 +120,20 @@ class Door:
         called = identity.encode("ascii")
         return b"%b%d%b%b%b%b%b" % (before, length + len(called), _NAMED, called, middle, called, after)
 
-    def _small(self, match: re.Match[bytes]) -> bool:
-        limits = self._settings
-        return match.end() <= limits.max_header_bytes and match[1].count(b"\r\n") <= limits.max_headers
+    def _read(self, data: bytes) -> dict[bytes, bytes] | None:
+        """The headers that matter here, of one whole plain request; None where ``data`` is not that."""
+        match, limits = _PLAIN.match(data), self._settings
+        if match is None or match.end() > limits.max_header_bytes or match[1].count(b"\r\n") > limits.max_headers:
+            return None
+        found = [(name.lower(), value.strip()) for name, value in _HEADER.findall(match[1])]
+        named = dict(found)
+        if len(found) != len(named) or not _NEEDED <= set(named) <= _READ:
+            return None
+        if named.get(b"connection", b"keep-alive").lower() != b"keep-alive":
+            return None
+        length = named[b"content-length"]
+        whole = length.isdigit() and len(length) < 16 and len(data) == match.end() + int(length)
+        return named if whole else None
 
 
 _NAMED = b"\r\nX-Request-ID: "

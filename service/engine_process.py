@@ -37,7 +37,7 @@ from service.wire import PREFIX, Buffer, Message, WireError, decode, encode, siz
 logger = logging.getLogger("mithridate.service")
 
 _MAIN = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "import json, os, sys; os.nice(int(sys.argv[3])); sys.path[:] = json.loads(sys.argv[1]); "
     "from service.engine_worker import main; main(int(sys.argv[2]))"
 )
 _NEEDED = (
@@ -222,9 +222,10 @@ class ProcessEngine:
 
     def _send(self, message: Message) -> None:
         """With all else that is sent in this turn of the event loop: the system is asked once."""
+        parts = encode(message)
         if not self._outbox:
             asyncio.get_running_loop().call_soon(self._post)
-        self._outbox += encode(message)
+        self._outbox += parts
 
     def _post(self) -> None:
         parts, self._outbox = self._outbox, []
@@ -249,9 +250,11 @@ class ProcessEngine:
         to be ready."""
         try:
             while True:
-                self._hear(await _read(child.reader), child)
-                # A batch's answers come at once. One a turn of the loop, or whoever asks meanwhile waits for all.
-                await asyncio.sleep(0)
+                message = await _read(child.reader)
+                self._hear(message, child)
+                if message["type"] == "answer":
+                    # A batch's come at once. One a turn of the loop, or whoever asks meanwhile waits for all of them.
+                    await asyncio.sleep(0)
         except (asyncio.IncompleteReadError, OSError):  # the other end was closed: the process has ended, or will
             pass
         except Exception as error:
@@ -297,10 +300,19 @@ class ProcessEngine:
 async def _spawn(settings: Settings) -> _Child:
     ours, theirs = socket.socketpair()
     with theirs:
-        # A session of its own: Ctrl-C in a terminal is for the service, which lets its requests end.
+        # A group of its own: Ctrl-C in a terminal is for the service, which lets its requests end. Not a session of
+        # its own, among which Linux would share out processors whatever their priorities.
         process = await asyncio.to_thread(
             subprocess.Popen,
-            [sys.executable, *_options(), "-c", _MAIN, json.dumps(sys.path), str(theirs.fileno())],
+            [
+                sys.executable,
+                *_options(),
+                "-c",
+                _MAIN,
+                json.dumps(sys.path),
+                str(theirs.fileno()),
+                str(settings.engine_nice),
+            ],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             process_group=0,

@@ -31,9 +31,9 @@ logger = logging.getLogger("mithridate.service")
 
 def main(descriptor: int) -> None:
     """Runs until the other end of the socket ``descriptor`` is closed or says so. Never returns."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # sent to a whole group of processes: the service decides
+    # Sent to many processes at once, or by a terminal that it must not write to: the service decides.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGTTOU):
         signal.signal(number, signal.SIG_IGN)
-    os.nice(5)
     with socket.socket(fileno=descriptor) as connection:
         try:
             _Worker(connection).run()

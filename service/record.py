@@ -16,6 +16,8 @@ REQUEST_ID: ContextVar[str | None] = ContextVar("request_id", default=None)
 
 _ACCEPTABLE = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
+_IDS = random.Random()  # noqa: S311 - no secret; seeded by the system, whatever a program does to `random`
+
 PHASES = ("decode", "queue", "embed", "search", "adapt", "predict")
 """In the order in which they come."""
 
@@ -47,7 +49,7 @@ def identify(offered: str) -> str:
     """The id of a request: what the client calls it where that is plain, else a new one. Unique, and no secret:
     ``uuid4`` asks the system each time, which took a thirtieth of a loaded event loop.
     """
-    return offered if _ACCEPTABLE.fullmatch(offered) else f"{random.getrandbits(128):032x}"
+    return offered if _ACCEPTABLE.fullmatch(offered) else f"{_IDS.getrandbits(128):032x}"
 
 
 def key_id(scope: Scope) -> str | None:

@@ -21,7 +21,8 @@ from service.door import Door
 from service.settings import Settings
 
 _SWITCH_SECONDS = 0.0002
-"""After so long a thread that decodes gives way to the event loop; Python's own 5 ms are a tenth of a small answer."""
+"""After so long a thread that decodes gives way to the event loop, which asks for that at every call of the system;
+Python's own 5 ms are as long as a small answer takes."""
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
@@ -49,13 +50,17 @@ def serve(settings: Settings) -> None:
         timeout_graceful_shutdown=settings.drain_timeout_s,
         **connection_options(settings, Door(service).turn_away),
     )
-    sys.setswitchinterval(_SWITCH_SECONDS)
     server = _DrainingServer(config, service, settings.drain_seconds)
     service.on_failure = server.stop
-    service.on_ready = garbage.set_aside
+    service.on_settled = garbage.set_aside
     host, port = listener.getsockname()[:2]
     logging.getLogger("mithridate.service").info("listening on http://%s:%d", host, port)
-    server.run(sockets=[listener])
+    if service.settings.isolation == "process":  # else what computes is a thread, too
+        sys.setswitchinterval(_SWITCH_SECONDS)
+    try:
+        server.run(sockets=[listener])
+    finally:
+        garbage.take_back()
     if service.failure:
         raise OptionError(service.failure)
 

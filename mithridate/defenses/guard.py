@@ -10,7 +10,7 @@ import torch
 from mithridate.defenses.adapting import Adapted, Query
 from mithridate.defenses.base import Adaptation
 from mithridate.defenses.options import require
-from mithridate.exemplars import ExemplarStore
+from mithridate.exemplars import CLEAN, THROUGH, ExemplarStore
 from mithridate.types import Logits, Scores
 
 Gate = float | Literal["auto"]
@@ -18,11 +18,11 @@ Gate = float | Literal["auto"]
 NOTHING_TO_LOSE, MUCH_TO_LOSE = 0.05, 0.3
 """What ``gate=auto`` is, by whether the base model withstands the attack that the bundle was built with. A base that
 does not loses nothing to adaptation, and a small gate repairs the most; one that does loses more than a point of it
-with a gate below 0.3 (docs/rmc.md).
+with 0.05 (docs/rmc.md).
 """
 
 _WITHSTANDS = 0.1
-"""Of the adversarial exemplars, at least this share is classified as it should be."""
+"""Of the images of the strongest attack, at least this share is classified as it should be."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class GuardConfig:
 
     def __post_init__(self) -> None:
         for key in ("mix", "gate", "abstain"):
-            if getattr(self, key) != "auto":
+            if (key, getattr(self, key)) != ("gate", "auto"):
                 require("rmc", key, getattr(self, key), 0, 1)
 
     @property
@@ -62,15 +62,16 @@ class Guarded:
 
 
 def suited(config: GuardConfig, exemplars: ExemplarStore) -> GuardConfig:
-    """``config`` with a number for ``gate=auto``: the large one where the base model withstands the bundle's attack, or
-    where the bundle has none to tell from.
+    """``config`` with a number for ``gate=auto``. The base model withstands what it withstands of the strongest attack
+    that was made on it; where a bundle has none, it is taken to.
     """
     if config.gate != "auto":
         return config
-    attacked = slice(exemplars.clean_count, None)
-    right = exemplars.predictions[attacked].cpu() == exemplars.labels[attacked].cpu()
-    falls = len(right) > 0 and right.double().mean().item() < _WITHSTANDS
-    return replace(config, gate=NOTHING_TO_LOSE if falls else MUCH_TO_LOSE)
+    sources, copies = exemplars.layout.sources, exemplars.layout.copies
+    right = (exemplars.predictions.cpu() == exemplars.labels.cpu()).reshape(len(copies), sources)
+    attacked = [number for number, name in enumerate(copies) if name != CLEAN and THROUGH not in name]
+    withstood = min((right[number].double().mean().item() for number in attacked), default=1.0)
+    return replace(config, gate=NOTHING_TO_LOSE if withstood < _WITHSTANDS else MUCH_TO_LOSE)
 
 
 def neighbor_votes(labels: torch.Tensor, weights: torch.Tensor, classes: int) -> torch.Tensor:

@@ -23,6 +23,7 @@ from mithridate.defenses.pixel_deflection import Deflector, PixelDeflectionConfi
 from mithridate.defenses.prm import Manipulator, PRMConfig
 from mithridate.defenses.randomization import RandomizationConfig, Resizer
 from mithridate.defenses.region import RegionConfig, Surroundings
+from mithridate.defenses.rmc import RMC
 from mithridate.defenses.rmc_scopes import RMCOptions
 from mithridate.defenses.sampled import Sampled
 from mithridate.defenses.sap import Pruner, SAPConfig
@@ -162,7 +163,8 @@ def describe_defence(defence: Defence) -> str:
     for part in split_stages(defence.name):
         family, options = split_text(part)
         scope = f"{family}:scope={options.get('scope')}"
-        said.append(DESCRIPTIONS.get(scope, DESCRIPTIONS[family]))
+        gate = f", gate {defence.guarding.lead:g}" if family == "rmc" and isinstance(defence, RMC) else ""
+        said.append(DESCRIPTIONS.get(scope, DESCRIPTIONS[family]) + gate)
     return "; then ".join(said)
 
 

@@ -244,6 +244,7 @@ RIDGE_KEYS = "abstain, adversarial, anchor, balanced, gate, held_out, mix, neigh
         ("rmc:anchor=x", ["anchor='x' is not float"]),
         ("rmc:anchor=nan", ["anchor=nan is out of range; allowed: 1e-09 to 1e+09"]),
         ("rmc:gate=automatic", ["rmc: gate='automatic' is not float or auto"]),
+        ("rmc:mix=auto", ["rmc: mix='auto' is not float"]),
         ("rmc:gate=-1", ["rmc: gate=-1.0 is out of range; allowed: 0 to 1"]),
         ("rmc:radius=inf", ["radius=inf is out of range"]),
         ("rmc:scope=all,restore=worst", ["restore='worst' is not known; allowed: best, last"]),
