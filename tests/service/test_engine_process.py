@@ -77,15 +77,16 @@ def test_the_service_goes_before_its_engine_where_both_want_a_processor(server: 
     assert os.getpgid(engine) == engine
 
 
-def test_answers_that_come_together_leave_turns_to_others_between(digits_bundle: Path) -> None:
+def test_answers_that_come_together_leave_turns_to_others_between(
+    digits_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     turns: list[int] = []
 
     async def main() -> None:
         engine, passed = ProcessEngine(load_settings(bundle=digits_bundle)), 0
-        engine.on_batch = lambda size: turns.append(passed)
+        monkeypatch.setattr(engine, "_hear", lambda message, child: turns.append(passed))
         reader, process = asyncio.StreamReader(), SimpleNamespace(poll=lambda: 0, pid=1)
-        frame = b"".join(encode({"type": "batch", "requests": 1, "images": 1}))
-        reader.feed_data(20 * frame)
+        reader.feed_data(20 * b"".join(encode({"type": "answer"})))
         reader.feed_eof()
         loaded = asyncio.get_running_loop().create_future()
         loaded.set_result({})
