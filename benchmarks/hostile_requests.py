@@ -55,7 +55,7 @@ class Hostile:
             "body too large": Kind(send=self._large, allowed=(413,), weight=4),
             "too many images": Kind(send=self._many, allowed=(413,), weight=4),
             "wrong media type": Kind(send=self._media_type, allowed=(415,), weight=4),
-            "wrong JSON": Kind(send=self._json, allowed=(400, 422), weight=6),
+            "wrong JSON": Kind(send=self._json, allowed=(400, 413, 422), weight=6),
             "wrong tensor, /v2": Kind(send=self._wrong_tensor, allowed=(400,), weight=6),
             "unknown options": Kind(send=self._options, allowed=(422,), weight=4),
             "deadline of 2 ms": Kind(send=self._late, allowed=(200, 504), weight=4),

@@ -16,6 +16,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -34,7 +35,7 @@ from cli.demo import running_service
 from cli.output import print_table
 from mithridate.evaluation import percentile
 
-_KNEE = (0.6, 0.8, 0.9, 1.0, 1.1, 1.2)
+_KNEE = (0.8, 1.0, 1.1, 1.2, 1.35, 1.5)
 _SHED = 429
 
 _PROBE = """
@@ -154,16 +155,17 @@ class _Service:
 def _probing(port: int) -> Iterator[list[tuple[int, float]]]:
     """Fills the list at the end of the block."""
     found: list[tuple[int, float]] = []
-    probe = subprocess.Popen(
-        [sys.executable, "-c", _PROBE, str(port)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
-    try:
-        yield found
-    finally:
-        time.sleep(0.3)
-        probe.terminate()
-        said = probe.communicate()[0]
-        found += [(int(status), float(ms)) for status, ms in map(json.loads, said.splitlines())]
+    with tempfile.TemporaryFile("w+") as said:  # not a pipe: nobody reads before the end, and a full one would stop it
+        probe = subprocess.Popen([sys.executable, "-c", _PROBE, str(port)], stdout=said, stderr=subprocess.DEVNULL)
+        try:
+            yield found
+        finally:
+            time.sleep(0.3)
+            probe.terminate()
+            probe.wait()
+            said.seek(0)
+            whole = [line for line in said if line.endswith("\n")]
+            found += [(int(status), float(ms)) for status, ms in map(json.loads, whole)]
 
 
 def _spread(milliseconds: Sequence[float]) -> dict[str, float]:

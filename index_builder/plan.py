@@ -18,7 +18,7 @@ from mithridate.bundle import sha256_of
 from mithridate.datasets import LabelledImages
 from mithridate.defenses import parse_defence
 from mithridate.errors import OptionError
-from mithridate.exemplars import CLEAN, Layout
+from mithridate.exemplars import CLEAN, THROUGH, Layout
 from mithridate.models import load_prm
 from mithridate.models.splitting import DEFAULT_LAYER
 from mithridate.neighbors import AUTO, METRICS
@@ -142,7 +142,7 @@ def _read_copy(text: str, epsilon: Epsilon) -> CopyPlan:
     attack = parse_pgd(name, epsilon=epsilon)
     if not at:
         return CopyPlan(name=attack.name, attack=attack)
-    return CopyPlan(name=f"{attack.name}-at-{_file_name(defense)}", attack=attack, defense=defense)
+    return CopyPlan(name=f"{attack.name}{THROUGH}{_file_name(defense)}", attack=attack, defense=defense)
 
 
 def _file_name(defense: str) -> str:

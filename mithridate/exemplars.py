@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from mithridate.errors import BundleError
 
 CLEAN = "clean"
+THROUGH = "-at-"
+"""In the name of a copy whose attack went through a defence: ``pgd10-at-rmc``."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -78,10 +78,12 @@ class Admission:
         self._inside.add(ticket)
         return ticket
 
-    def no_room(self) -> Problem | None:
-        """What whoever comes now is refused with, for those who are there already; None where there is room."""
-        if len(self._inside) >= self._settings.queue_size:
-            return self._full("queue-full", f"{len(self._inside)} requests are waiting already")
+    def no_room(self, coming: int = 0) -> Problem | None:
+        """What whoever comes now is refused with, for those who are there already and ``coming`` others who take their
+        places before; None where there is room."""
+        waiting = len(self._inside) + coming
+        if waiting >= self._settings.queue_size:
+            return self._full("queue-full", f"{waiting} requests are waiting already")
         if self.queued_seconds >= self._settings.queue_seconds:
             return self._full("cost", f"what waits already takes about {self.queued_seconds:.1f} s")
         return None

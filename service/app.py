@@ -71,10 +71,13 @@ class Service:
         self.failure: str | None = None
         self.on_failure: Callable[[], None] = lambda: None
         """Called when there is nothing to serve: the bundle cannot be loaded, or the engine has died."""
+        self.on_settled: Callable[[], None] = lambda: None
+        """Called when the bundle has been loaded, and when another has taken its place and it is closed."""
         self._reloading: asyncio.Future[None] | None = None
         self.bundles.on_batch = self.metrics.ran
         self.bundles.on_live = self._set_prices
         self.bundles.on_death = self._die
+        self.bundles.on_retired = lambda: self.on_settled()
         self.metrics.in_flight.set_function(lambda: self.admission.in_flight)
         self.metrics.ready.set_function(lambda: float(self.ready))
         self.metrics.waiting.set_function(lambda: self.engine.waiting)
@@ -91,10 +94,16 @@ class Service:
         """Whether it takes requests."""
         return self.engine.loaded is not None and self.failure is None and not self.draining
 
+    def no_room(self, coming: int = 0) -> Problem | None:
+        """What a request to predict that comes now is refused with, whatever it wants, with ``coming`` others on their
+        way; None where there is room."""
+        return self.admission.no_room(coming) if self.ready else None
+
     async def load(self) -> None:
         """Loads the bundle; afterwards the service is ready, or ``failure`` says why it never will be."""
         try:
             await self.bundles.load()
+            self.on_settled()
             logger.info("ready")
         except MithridateError as error:
             self.failure = str(error)

@@ -71,6 +71,8 @@ class Bundles:
         """Called with what answers from now on."""
         self.on_death: Callable[[BaseException], None] = lambda error: None
         """Called where the engine that is live ends without having been told to."""
+        self.on_retired: Callable[[], None] = lambda: None
+        """Called when a bundle that was live has been closed."""
         self._listen(self._live)
 
     @property
@@ -120,7 +122,7 @@ class Bundles:
         finally:
             self.loading = None
         logger.info("live: %s (%s); before: %s", named, loaded.bundle.digest, self.previous and self.previous.digest)
-        task = asyncio.create_task(_retire(old))
+        task = asyncio.create_task(self._retire(old))
         self._retiring.add(task)
         task.add_done_callback(self._retiring.discard)
         return self.current
@@ -146,6 +148,13 @@ class Bundles:
         await self._live.engine.end()
         if self._retiring:
             await asyncio.wait(self._retiring)
+
+    async def _retire(self, old: _Generation) -> None:
+        await old.unused.wait()
+        await old.engine.end()
+        logger.info("the bundle before this one is closed")
+        del old
+        self.on_retired()
 
     async def _prepare(self, path: Path, digest: str | None) -> _Generation:
         manifest = await asyncio.to_thread(Bundle.open, path, verify=False)
@@ -179,9 +188,3 @@ def _at(settings: Settings, path: Path) -> Settings:
 def _require(seen: str, wanted: str | None) -> None:
     if wanted is not None and seen != wanted:
         raise BundleError(f"it is not what it was: its digest is {seen}, it was {wanted}")
-
-
-async def _retire(old: _Generation) -> None:
-    await old.unused.wait()
-    await old.engine.end()
-    logger.info("the bundle before this one is closed")

@@ -18,6 +18,7 @@ import asyncio
 import json
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any, ClassVar, Literal
@@ -52,13 +53,18 @@ class Guard:
     """What all connections of one server share."""
 
     limits: ConnectionLimits
+    turn_away: TurnAway = lambda data, client: None
     waiting: dict[GuardedProtocol, None] = field(default_factory=dict)
     """Connections without a request in hand, the one that has been so longest first."""
     ended: Counter[str] = field(default_factory=Counter)
     """How many were ended here, by reason."""
 
 
-def connection_options(settings: Settings) -> dict[str, Any]:
+TurnAway = Callable[[bytes, tuple[str, int] | None], bytes | None]
+"""The whole answer to what a connection at rest has received from a client; None where it must be read for that."""
+
+
+def connection_options(settings: Settings, turn_away: TurnAway = lambda data, client: None) -> dict[str, Any]:
     """The part of ``uvicorn.Config`` that holds connections to the settings' limits."""
     limits = ConnectionLimits(
         max_connections=settings.max_connections,
@@ -67,18 +73,18 @@ def connection_options(settings: Settings) -> dict[str, Any]:
         max_header_bytes=settings.max_header_bytes,
     )
     return {
-        "http": guarded(limits),
+        "http": guarded(limits, turn_away),
         "ws": "none",
         "timeout_keep_alive": settings.keep_alive_s,
         "h11_max_incomplete_event_size": limits.max_header_bytes,
     }
 
 
-def guarded(limits: ConnectionLimits) -> type[GuardedProtocol]:
+def guarded(limits: ConnectionLimits, turn_away: TurnAway = lambda data, client: None) -> type[GuardedProtocol]:
     """The protocol for one server; ``.guard`` tells what became of its connections."""
 
     class Protocol(GuardedProtocol):
-        guard = Guard(limits=limits)
+        guard = Guard(limits=limits, turn_away=turn_away)
 
     return Protocol
 
@@ -139,8 +145,27 @@ class GuardedProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if not self._refused:
+        if self._refused:
+            return
+        answer = self.guard.turn_away(data, self.client) if self._at_rest else None
+        if answer is None:
             super().data_received(data)
+            return
+        self._unset_keepalive_if_required()
+        self.transport.write(answer)
+        self.guard.waiting.pop(self, None)  # it has just asked: it waits from now on
+        self._stop()
+        self._wait()
+
+    @property
+    def _at_rest(self) -> bool:
+        """No request is in hand, no byte of one either, and the last answer has been read."""
+        return (
+            self.conn.states == {h11.CLIENT: h11.IDLE, h11.SERVER: h11.IDLE}
+            and not self.conn.trailing_data[0]
+            and not self.flow.write_paused
+            and not self.transport.is_closing()
+        )
 
     def handle_events(self) -> None:
         super().handle_events()

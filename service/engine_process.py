@@ -32,12 +32,12 @@ from mithridate.evaluation.card import read_card
 from service.batching import Answer, BatchSize, EngineStoppedError
 from service.loading import Loaded, Named, Shown
 from service.settings import Settings
-from service.wire import PREFIX, Message, WireError, decode, encode, sizes
+from service.wire import PREFIX, Buffer, Message, WireError, decode, encode, sizes
 
 logger = logging.getLogger("mithridate.service")
 
 _MAIN = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "import json, os, sys; os.nice(int(sys.argv[3])); sys.path[:] = json.loads(sys.argv[1]); "
     "from service.engine_worker import main; main(int(sys.argv[2]))"
 )
 _NEEDED = (
@@ -107,6 +107,7 @@ class ProcessEngine:
         self._loaded: Loaded[Named] | None = None
         self._asked: dict[int, _Asked] = {}
         self._numbers = itertools.count()
+        self._outbox: list[Buffer] = []
         self._child: _Child | None = None
         self._listening: asyncio.Task[None] | None = None
         self._closing = False
@@ -220,8 +221,16 @@ class ProcessEngine:
         self._refuse()
 
     def _send(self, message: Message) -> None:
+        """With all else that is sent in this turn of the event loop: the system is asked once."""
+        parts = encode(message)
+        if not self._outbox:
+            asyncio.get_running_loop().call_soon(self._post)
+        self._outbox += parts
+
+    def _post(self) -> None:
+        parts, self._outbox = self._outbox, []
         if self._child is not None and not self._child.writer.is_closing():
-            self._child.writer.writelines(encode(message))
+            self._child.writer.writelines(parts)
 
     def _cancel(self, leaving: dict[int, _Asked]) -> None:
         told = {number: asked for number, asked in leaving.items() if not asked.told and number in self._asked}
@@ -241,7 +250,11 @@ class ProcessEngine:
         to be ready."""
         try:
             while True:
-                self._hear(await _read(child.reader), child)
+                message = await _read(child.reader)
+                self._hear(message, child)
+                if message["type"] == "answer":
+                    # A batch's come at once. One a turn of the loop, or whoever asks meanwhile waits for all of them.
+                    await asyncio.sleep(0)
         except (asyncio.IncompleteReadError, OSError):  # the other end was closed: the process has ended, or will
             pass
         except Exception as error:
@@ -287,13 +300,22 @@ class ProcessEngine:
 async def _spawn(settings: Settings) -> _Child:
     ours, theirs = socket.socketpair()
     with theirs:
-        # A session of its own: Ctrl-C in a terminal is for the service, which lets its requests end.
+        # A group of its own: Ctrl-C in a terminal is for the service, which lets its requests end. Not a session of
+        # its own, among which Linux would share out processors whatever their priorities.
         process = await asyncio.to_thread(
             subprocess.Popen,
-            [sys.executable, *_options(), "-c", _MAIN, json.dumps(sys.path), str(theirs.fileno())],
+            [
+                sys.executable,
+                *_options(),
+                "-c",
+                _MAIN,
+                json.dumps(sys.path),
+                str(theirs.fileno()),
+                str(settings.engine_nice),
+            ],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
-            start_new_session=True,
+            process_group=0,
             env={name: value for name, value in os.environ.items() if not name.upper().startswith("MITHRIDATE_")},
         )
     ours.setblocking(False)

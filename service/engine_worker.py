@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from mithridate.defenses import Budget, Defence
 from mithridate.errors import BudgetExceededError, MithridateError
-from service import logs
+from service import garbage, logs
 from service.batching import Answer, BatchSize, EngineStoppedError, Waiting
 from service.engine import Engine
 from service.lab_defence import read_lab
@@ -31,7 +31,8 @@ logger = logging.getLogger("mithridate.service")
 
 def main(descriptor: int) -> None:
     """Runs until the other end of the socket ``descriptor`` is closed or says so. Never returns."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # sent to a whole group of processes: the service decides
+    # Sent to many processes at once, or by a terminal that it must not write to: the service decides.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGTTOU):
         signal.signal(number, signal.SIG_IGN)
     with socket.socket(fileno=descriptor) as connection:
         try:
@@ -155,6 +156,7 @@ class _Worker:
             self._send({"type": "failed", **_error(error)})
             return
         loaded = loading.result()
+        garbage.set_aside()
         self._send(
             {
                 "type": "loaded",

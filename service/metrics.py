@@ -49,6 +49,7 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.waits = QueueWait()
+        self._turning_away: dict[ShedReason | None, tuple[Counter, ...]] = {}
         ProcessCollector(registry=self.registry)
         self._add_requests()
         self._add_answers()
@@ -148,6 +149,15 @@ class Metrics:
         kind = next((kind for fault, kind in _IMAGE_FAULTS.items() if isinstance(problem.__cause__, fault)), None)
         if kind is not None:
             self.decode_errors.labels(kind).inc()
+
+    def turned_away(self, reason: ShedReason | None) -> None:
+        """Records a request that got 429 before anything made a record of it: often, so its counters are at hand."""
+        counters = self._turning_away.get(reason)
+        if counters is None:
+            shed = [] if reason is None else [self.shed.labels(reason)]
+            counters = self._turning_away[reason] = (*shed, self.requests.labels("429", UNKNOWN))
+        for counter in counters:
+            counter.inc()
 
     def compared_with_earlier(self, seen: Seen) -> None:
         """Records what telemetry found, in its thread."""

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import re
 import time
-import uuid
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote
@@ -13,12 +11,10 @@ from urllib.parse import quote
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.record import REQUEST_ID, Record, key_id, record_of
+from service.record import REQUEST_ID, Record, identify, key_id, record_of
 from service.tracing import Tracing
 
 logger = logging.getLogger("mithridate.access")
-
-_ACCEPTABLE = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
 class RequestMiddleware:
@@ -36,8 +32,7 @@ class RequestMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        offered = Headers(scope=scope).get("x-request-id", "")
-        identity = offered if _ACCEPTABLE.fullmatch(offered) else uuid.uuid4().hex
+        identity = identify(Headers(scope=scope).get("x-request-id", ""))
         scope.setdefault("state", {})["request_id"] = identity
         record, token = record_of(scope), REQUEST_ID.set(identity)
         started, status = time.perf_counter(), 500
@@ -62,25 +57,34 @@ class RequestMiddleware:
 
     def _log(self, scope: Scope, record: Record, status: int, elapsed_ms: float, identity: str) -> None:
         client = scope.get("client")
-        known = {
-            "key_id": key_id(scope),
-            "defense": record.defense,
-            "outcome": record.outcome,
-            "client": client[0] if client and self._log_client_address else None,
-        }
-        said = {name: value for name, value in known.items() if value is not None}
-        fields: dict[str, Any] = {
-            "request_id": identity,
-            "method": scope["method"],
-            "path": quote(scope["path"]),  # decoded, it may hold line breaks; without the query: it may hold secrets
-            "status": status,
-            "ms": round(elapsed_ms, 3),
-            **said,
-        }
-        line = f"{fields['method']} {fields['path']} {status} {elapsed_ms:.1f}ms id={identity}"
-        logger.info(
-            "%s", " ".join([line, *(f"{name}={value}" for name, value in said.items())]), extra={"fields": fields}
+        log_access(
+            identity,
+            scope["method"],
+            quote(scope["path"]),  # decoded, it may hold line breaks; without the query: it may hold secrets
+            status,
+            elapsed_ms,
+            key_id=key_id(scope),
+            defense=record.defense,
+            outcome=record.outcome,
+            client=client[0] if client and self._log_client_address else None,
         )
+
+
+def log_access(identity: str, method: str, path: str, status: int, elapsed_ms: float, **known: str | None) -> None:
+    """One line, and its fields for JSON; what is None is left out."""
+    if not logger.isEnabledFor(logging.INFO):
+        return
+    said = {name: value for name, value in known.items() if value is not None}
+    fields: dict[str, Any] = {
+        "request_id": identity,
+        "method": method,
+        "path": path,
+        "status": status,
+        "ms": round(elapsed_ms, 3),
+        **said,
+    }
+    line = f"{method} {path} {status} {elapsed_ms:.1f}ms id={identity}"
+    logger.info("%s", " ".join([line, *(f"{name}={value}" for name, value in said.items())]), extra={"fields": fields})
 
 
 def server_timing(timings_ms: Mapping[str, float]) -> str:

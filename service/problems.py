@@ -103,6 +103,18 @@ def respond(request: Request, problem: Problem) -> JSONResponse:
     return _response(request, problem.status, problem.detail, problem.headers)
 
 
+def document(status: int, detail: str, instance: str, identity: str) -> dict[str, Any]:
+    """What a problem's answer says."""
+    return {
+        "type": "about:blank",
+        "title": HTTPStatus(status).phrase,
+        "status": status,
+        "detail": detail,
+        "instance": instance,
+        "request_id": identity,
+    }
+
+
 def _methods(request: Request) -> str:
     """What is taken at this address: a router names the methods of the first of its routes alone."""
     found = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
@@ -119,12 +131,5 @@ def _response(request: Request, status: int, detail: str, headers: Mapping[str, 
         # The Open Inference Protocol has a form of its own, and 400 for whatever is wrong with a tensor.
         status = 400 if status in (415, 422) else status
         return JSONResponse({"error": detail}, status_code=status, headers=dict(headers))
-    content = {
-        "type": "about:blank",
-        "title": HTTPStatus(status).phrase,
-        "status": status,
-        "detail": detail,
-        "instance": request.url.path,
-        "request_id": request_id(request),
-    }
+    content = document(status, detail, request.url.path, request_id(request))
     return JSONResponse(content, status_code=status, headers=dict(headers), media_type=MEDIA_TYPE)

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import signal
 import socket
+import sys
 import threading
 from types import FrameType
 
@@ -13,10 +14,15 @@ import uvicorn
 
 from mithridate.bundle import Bundle
 from mithridate.errors import OptionError
-from service import logs
+from service import garbage, logs
 from service.app import Service, create_app
 from service.connections import connection_options
+from service.door import Door
 from service.settings import Settings
+
+_SWITCH_SECONDS = 0.0002
+"""After so long a thread that decodes gives way to the event loop, which asks for that at every call of the system;
+Python's own 5 ms are as long as a small answer takes."""
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
@@ -42,13 +48,19 @@ def serve(settings: Settings) -> None:
         server_header=False,
         proxy_headers=False,  # whose address a client has is what the socket says, not a header that anybody can send
         timeout_graceful_shutdown=settings.drain_timeout_s,
-        **connection_options(settings),
+        **connection_options(settings, Door(service).turn_away),
     )
     server = _DrainingServer(config, service, settings.drain_seconds)
     service.on_failure = server.stop
+    service.on_settled = garbage.set_aside
     host, port = listener.getsockname()[:2]
     logging.getLogger("mithridate.service").info("listening on http://%s:%d", host, port)
-    server.run(sockets=[listener])
+    if service.settings.isolation == "process":  # else what computes is a thread, too
+        sys.setswitchinterval(_SWITCH_SECONDS)
+    try:
+        server.run(sockets=[listener])
+    finally:
+        garbage.take_back()
     if service.failure:
         raise OptionError(service.failure)
 

@@ -58,6 +58,8 @@ class Settings(BaseSettings):
     """Requests admitted at once; more are answered 429."""
     queue_seconds: Annotated[float, Field(gt=0)] = 10
     """Estimated seconds of the engine that all admitted requests may need together; more are answered 429."""
+    engine_nice: Annotated[int, Field(ge=0, le=19)] = 5
+    """How far engine processes give way to the service, and to all else on the machine, where processors are short."""
     max_neighbors: Annotated[int, Field(ge=1)] | None = None
     """Neighbours an image that an offered defence may use; one with more is refused at the start."""
     max_steps: Annotated[int, Field(ge=1)] | None = None

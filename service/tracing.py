@@ -34,7 +34,10 @@ _UNTRACED = ("/livez", "/readyz", "/metrics", "/v2/health/")
 
 
 class Tracing(Protocol):
-    """Where requests are told of once they are over; ``started`` and ``ended`` are ``time.perf_counter()`` instants."""
+    """Where requests are told of once they are over; ``started`` and ``ended`` are ``time.perf_counter()`` instants.
+    ``on``: whether anything comes of it."""
+
+    on: bool
 
     def request(self, scope: Scope, record: Record, *, status: int, started: float, ended: float) -> None: ...
 
@@ -45,6 +48,8 @@ class Tracing(Protocol):
 
 class NoTracing:
     """Costs nothing."""
+
+    on = False
 
     def request(self, scope: Scope, record: Record, *, status: int, started: float, ended: float) -> None:
         return
@@ -76,6 +81,8 @@ def make_tracing(settings: Settings) -> Tracing:
 
 class OpenTelemetryTracing:
     """Makes all spans of a request when it is over: their times were measured, they need not be measured again."""
+
+    on = True
 
     def __init__(self, provider: TracerProvider, exporter: SpanExporter) -> None:
         from opentelemetry import trace

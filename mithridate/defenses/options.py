@@ -86,10 +86,13 @@ def _read(kind: Any, text: str, what: str) -> Any:
         if text not in choices:
             raise OptionError(f"{what}={text!r} is not known; allowed: {', '.join(choices)}")
         return text
-    if type(None) in choices:
-        if text == "none":
-            return None
-        kind = next(choice for choice in choices if choice is not type(None))
+    words = [word for choice in choices if get_origin(choice) is Literal for word in get_args(choice)]
+    if text in words:
+        return text
+    if type(None) in choices and text == "none":
+        return None
+    if choices:  # of a union: what is neither a word nor None
+        kind = next(choice for choice in choices if choice is not type(None) and get_origin(choice) is not Literal)
     if kind is bool:
         if text not in ("true", "false"):
             raise OptionError(f"{what}={text!r} is not true or false")
@@ -97,7 +100,7 @@ def _read(kind: Any, text: str, what: str) -> Any:
     try:
         return kind(text)
     except ValueError as error:
-        raise OptionError(f"{what}={text!r} is not {kind.__name__}") from error
+        raise OptionError(f"{what}={text!r} is not {' or '.join([kind.__name__, *words])}") from error
 
 
 def unknown(kind: str, seen: str, allowed: Iterable[str]) -> str:

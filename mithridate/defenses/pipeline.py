@@ -23,6 +23,7 @@ from mithridate.defenses.pixel_deflection import Deflector, PixelDeflectionConfi
 from mithridate.defenses.prm import Manipulator, PRMConfig
 from mithridate.defenses.randomization import RandomizationConfig, Resizer
 from mithridate.defenses.region import RegionConfig, Surroundings
+from mithridate.defenses.rmc import RMC
 from mithridate.defenses.rmc_scopes import RMCOptions
 from mithridate.defenses.sampled import Sampled
 from mithridate.defenses.sap import Pruner, SAPConfig
@@ -41,10 +42,10 @@ DESCRIPTIONS = {
     "rmc:scope=tail": "per image, the last layers are fine-tuned on the exemplars' stored activations",
     "rmc:scope=all": "per image, all weights are fine-tuned (the published procedure, reset each time): slow",
     "prm": "the image, moved by a pixel, is rebuilt from a quarter or half of its pixels",
-    "sap": "100 passes are averaged, in each a random part of all activations is dropped: 100 times the cost",
+    "sap": "passes are averaged, in each a random part of all activations dropped: a forward pass each, 100 by default",
     "randomization": "the image at a random size, somewhere on a larger canvas",
-    "region": "the majority vote of 1,000 points around the image: 1,000 times the cost",
-    "tta": "the mean over the image mirrored and moved by a pixel: 10 times the cost (5 in grey)",
+    "region": "the majority vote of many points around the image: a forward pass each, 1,000 by default",
+    "tta": "the mean over the image mirrored and moved: a forward pass each, 10 by default (5 in grey)",
     "pixel-deflection": "some pixels are replaced by others nearby, then wavelets take the noise away",
     "webnn": "what the nearest exemplars are, clean and adversarial, averaged",
     "deepnn": "what the nearest clean exemplars are, averaged",
@@ -162,7 +163,8 @@ def describe_defence(defence: Defence) -> str:
     for part in split_stages(defence.name):
         family, options = split_text(part)
         scope = f"{family}:scope={options.get('scope')}"
-        said.append(DESCRIPTIONS.get(scope, DESCRIPTIONS[family]))
+        gate = f", gate {defence.guarding.lead:g}" if family == "rmc" and isinstance(defence, RMC) else ""
+        said.append(DESCRIPTIONS.get(scope, DESCRIPTIONS[family]) + gate)
     return "; then ".join(said)
 
 

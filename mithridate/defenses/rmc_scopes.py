@@ -10,7 +10,7 @@ from mithridate.defenses.adapting import Adapter
 from mithridate.defenses.averaging import Averaging, FirstStage
 from mithridate.defenses.base import Resources, Tuned
 from mithridate.defenses.exemplar_scores import ExemplarScores
-from mithridate.defenses.guard import GuardConfig
+from mithridate.defenses.guard import GuardConfig, suited
 from mithridate.defenses.head_adam import AdamConfig
 from mithridate.defenses.head_ridge import RidgeConfig, RidgeHead
 from mithridate.defenses.options import canonical, fill, flatten, split_text, unknown
@@ -37,9 +37,9 @@ def _ridge(resources: Resources, config: RidgeConfig) -> Adapter:
     return RidgeHead(resources=resources, config=config, scores=ExemplarScores(resources))
 
 
-_GATED = GuardConfig(gate=0.05)
-"""Do no harm: without a gate, adaptation halves what an adversarially trained base withstands; with it, it costs a
-static repair or two in a hundred (docs/rmc.md).
+_GATED = GuardConfig(gate="auto")
+"""Do no harm: without a gate, adaptation halves what an adversarially trained base withstands; how much of one it takes
+depends on the base (docs/rmc.md).
 """
 
 # The options that each scope has without any: the preset ``balanced``.
@@ -102,7 +102,7 @@ class RMCOptions:
             resources=resources,
             adapter=scope.make(resources, config.adapting),
             selection=config.selection,
-            guarding=config.guarding,
+            guarding=suited(config.guarding, resources.exemplars),
             first=first,
             average=average,
         )

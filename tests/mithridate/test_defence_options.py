@@ -112,7 +112,8 @@ def test_every_setting_survives_being_written_down(
 def test_a_name_says_only_what_is_unusual(resources: Resources) -> None:
     names = {
         "rmc": "rmc",
-        " rmc:scope=head,solver=ridge,neighbors=256,temperature=0.25,gate=0.05 ": "rmc",
+        " rmc:scope=head,solver=ridge,neighbors=256,temperature=0.25,gate=auto ": "rmc",
+        "rmc:gate=0.05": "rmc:gate=0.05",
         "rmc:temperature=0": "rmc:temperature=0.0",
         "rmc:gate=0.5,neighbors=32": "rmc:neighbors=32,gate=0.5",
         "rmc:solver=adam,refit=true": "rmc:solver=adam",
@@ -242,6 +243,8 @@ RIDGE_KEYS = "abstain, adversarial, anchor, balanced, gate, held_out, mix, neigh
         ("rmc:neighbors=1", ["neighbors=1 is out of range; allowed: 2 to 65536"]),
         ("rmc:anchor=x", ["anchor='x' is not float"]),
         ("rmc:anchor=nan", ["anchor=nan is out of range; allowed: 1e-09 to 1e+09"]),
+        ("rmc:gate=automatic", ["rmc: gate='automatic' is not float or auto"]),
+        ("rmc:mix=auto", ["rmc: mix='auto' is not float"]),
         ("rmc:gate=-1", ["rmc: gate=-1.0 is out of range; allowed: 0 to 1"]),
         ("rmc:radius=inf", ["radius=inf is out of range"]),
         ("rmc:scope=all,restore=worst", ["restore='worst' is not known; allowed: best, last"]),

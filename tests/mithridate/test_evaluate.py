@@ -34,7 +34,7 @@ def plan(digits_bundle: Path, resources: Resources, digits_test: LabelledImages)
         resources=resources,
         data=data,
         epsilon=Epsilon(16),
-        defenses=("rmc", SAP, "rmc:gate=0.05"),
+        defenses=("rmc", SAP, "rmc:gate=auto"),
         effort=TINY,
     )
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
+from dataclasses import replace
 
 import pytest
 import torch
 
 from mithridate.attacks import parse_attack
 from mithridate.datasets import LabelledImages
-from mithridate.defenses import Adaptation, Budget, Prediction, Resources, build_defence
+from mithridate.defenses import Adaptation, Budget, Prediction, Resources, build_defence, describe_defence
 from mithridate.defenses.adapting import Adapted, Query
-from mithridate.defenses.guard import GuardConfig, Guarded, guard, guarded_logits, neighbor_votes
+from mithridate.defenses.guard import GuardConfig, Guarded, guard, guarded_logits, neighbor_votes, suited
 from mithridate.defenses.none import BasePass
 from mithridate.defenses.rmc import RMC
 from mithridate.defenses.selection import Selection
@@ -89,6 +91,49 @@ def test_the_gate_lets_through_what_the_base_model_says_too() -> None:
     votes = torch.tensor([[0.0, 0.0, 1.0]] * 4, dtype=torch.float64)
     fates = guard(asked(), said(), votes, GuardConfig(gate=1)).adaptations
     assert [a.weights for a in fates] == ["base", "base", "adapted", "base"]
+
+
+def test_a_gate_that_was_not_settled_is_no_number() -> None:
+    with pytest.raises(ValueError, match="gate=auto stands for a number that the exemplars give"):
+        guard(asked(), said(), VOTES, GuardConfig(gate="auto"))
+
+
+def withstanding(resources: Resources, shares: dict[str, float]) -> Resources:
+    """With a copy a name, of which the base model gets that share right."""
+    exemplars, sources = copy(resources.exemplars), resources.exemplars.clean_count
+    labels = exemplars.labels[:sources]
+    exemplars.layout = replace(exemplars.layout, copies=tuple(shares))
+    exemplars.labels = labels.repeat(len(shares))
+    wrong = [torch.arange(sources) >= share * sources for share in shares.values()]
+    exemplars.predictions = ((exemplars.labels + torch.cat(wrong)) % 10).int()
+    return replace(resources, exemplars=exemplars)
+
+
+@pytest.mark.parametrize(
+    ("shares", "gate"),
+    [
+        ({"clean": 1.0, "pgd10": 0.0}, 0.05),
+        ({"clean": 1.0, "pgd10": 0.09}, 0.05),
+        ({"clean": 0.0, "pgd10": 0.11}, 0.3),
+        ({"clean": 1.0, "pgd10": 1.0}, 0.3),
+        ({"clean": 1.0, "fgsm": 0.9, "pgd10": 0.0}, 0.05),  # the strongest attack counts
+        ({"clean": 1.0, "pgd10": 0.5, "pgd10-at-rmc": 0.0}, 0.3),  # made on another model
+        ({"clean": 0.0, "pgd10-at-rmc": 0.0}, 0.3),
+        ({"clean": 0.0}, 0.3),  # nothing says that it falls
+    ],
+)
+def test_an_automatic_gate_is_large_where_the_base_has_something_to_lose(
+    resources: Resources, shares: dict[str, float], gate: float
+) -> None:
+    base = withstanding(resources, shares)
+    assert suited(GuardConfig(gate="auto"), base.exemplars) == GuardConfig(gate=gate)
+    assert suited(GuardConfig(gate=0.7), base.exemplars).gate == 0.7
+    if set(shares) == {"clean", "pgd10"}:
+        defence = build_defence("rmc", base)
+        assert isinstance(defence, RMC)
+        assert defence.name == "rmc"
+        assert defence.guarding == GuardConfig(gate=gate)
+        assert describe_defence(defence).endswith(f", gate {gate}")
 
 
 @pytest.mark.parametrize("options", [{}, {"gate": 0.5}, {"mix": 0.5}, {"gate": 0.65, "mix": 0.1}])

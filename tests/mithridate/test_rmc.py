@@ -250,7 +250,7 @@ def test_what_the_neighbours_cannot_confirm_is_not_served(resources: Resources, 
 def test_what_the_neighbours_confirm_is_served(resources: Resources, clean: Images, solver: str) -> None:
     """Under consistently wrong labels nothing speaks for the base model any more."""
     turned = relabelled(resources, (resources.exemplars.labels + 1) % 10)
-    prediction = predict(f"rmc:solver={solver},neighbors=64", turned, clean[:40])
+    prediction = predict(f"rmc:solver={solver},neighbors=64,gate=0.05", turned, clean[:40])
     assert set(fates(prediction)) == {"adapted"}
     for fate in prediction.adaptations:
         assert fate is not None

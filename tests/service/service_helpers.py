@@ -233,3 +233,19 @@ class ServerProcess:
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
+
+
+def in_flight(client: httpx2.Client) -> int:
+    lines = client.get("/metrics").text.splitlines()
+    return int(float(next(line for line in lines if line.startswith("mithridate_requests_in_flight ")).split()[1]))
+
+
+def keep_busy(
+    threads: ThreadPoolExecutor, client: httpx2.Client, file: bytes, *, seconds: float
+) -> Future[httpx2.Response]:
+    """Occupies the engine for ``seconds``."""
+    slow = threads.submit(post, client, file, defense=SLOW, deadline_ms=1000 * seconds)
+    while in_flight(client) == 0:
+        time.sleep(0.01)
+    time.sleep(0.1)  # admitted, but perhaps still being decoded: a request sent now could reach the engine first
+    return slow

@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from service.connections import ConnectionLimits, Guard, guarded
+from service.connections import ConnectionLimits, Guard, TurnAway, guarded
 
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 SHORT = 0.3
@@ -111,14 +111,16 @@ def ended_after(connection: socket.socket) -> float:
 
 
 @contextmanager
-def serve(limits: ConnectionLimits = LIMITS, keep_alive_s: int = 60) -> Iterator[Served]:
+def serve(
+    limits: ConnectionLimits = LIMITS, keep_alive_s: int = 60, turn_away: TurnAway = lambda data, client: None
+) -> Iterator[Served]:
     routes = [
         Route("/", _count, methods=["GET", "POST"]),
         Route("/refuse", _refuse, methods=["POST"]),
         Route("/slow", _slow),
         Route("/large", _large),
     ]
-    protocol: Any = guarded(limits)
+    protocol: Any = guarded(limits, turn_away)
     config = uvicorn.Config(
         Starlette(routes=routes), http=protocol, ws="none", log_config=None, timeout_keep_alive=keep_alive_s,
         h11_max_incomplete_event_size=limits.max_header_bytes, timeout_graceful_shutdown=1, lifespan="off",
@@ -279,16 +281,16 @@ def test_an_idle_connection_is_closed() -> None:
 @pytest.mark.parametrize("sent", [b"", b"GET / HTTP/1.1\r\nX", GET], ids=["silent", "slowloris", "idle"])
 def test_clients_that_only_sit_there_keep_nobody_out(sent: bytes) -> None:
     limits = ConnectionLimits(max_connections=20, header_timeout_s=60, max_headers=30, max_header_bytes=4096)
-    with serve(limits) as served:
-        sitting = [served.connect(sent) for _ in range(200)]
-        wait_until(lambda: status(served.ask()) == 200)  # so long as all places are just being answered: 503
+    with serve(limits) as served, ExitStack() as sitting:
+        for _ in range(200):
+            sitting.enter_context(closing(served.connect(sent)))
+        ended, most = served.guard.ended, limits.max_connections
+        # All have been dealt with: so long as every place is just being answered, one more would be 503.
+        wait_until(lambda: ended["place taken"] + ended["503"] >= 200 - most)
+        wait_until(lambda: served.open() == len(served.guard.waiting) <= most)
         for _ in range(20):
             assert status(served.ask()) == 200
-        assert served.open() <= limits.max_connections
-        ended = served.guard.ended
-        assert ended["place taken"] + ended["503"] >= 200 - limits.max_connections
-        for connection in sitting:
-            connection.close()
+        assert served.open() <= most
 
 
 def test_where_every_connection_has_a_request_one_more_is_refused() -> None:
@@ -307,3 +309,100 @@ def test_where_every_connection_has_a_request_one_more_is_refused() -> None:
 
 def test_an_upgrade_is_a_plain_request(served: Served) -> None:
     assert status(served.ask(GET[:-2] + b"Connection: upgrade\r\nUpgrade: websocket\r\n\r\n")) == 200
+
+
+# What is turned away before it is parsed
+
+KNOCK = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n\r\nknok"
+NO = b"HTTP/1.1 429 No\r\nContent-Length: 2\r\n\r\nno"
+
+
+class Doorman:
+    """Turns away every KNOCK that it is shown whole, and remembers what it was shown."""
+
+    def __init__(self) -> None:
+        self.shown: list[bytes] = []
+
+    def __call__(self, data: bytes, client: tuple[str, int] | None) -> bytes | None:
+        assert client is not None
+        self.shown.append(data)
+        return NO if data == KNOCK else None
+
+
+@pytest.fixture(scope="module")
+def doorman() -> Doorman:
+    return Doorman()
+
+
+@pytest.fixture(scope="module")
+def guarded_door(doorman: Doorman) -> Iterator[Served]:
+    with serve(turn_away=doorman) as found:
+        yield found
+
+
+@pytest.fixture
+def door(guarded_door: Served, doorman: Doorman) -> Iterator[tuple[Served, Doorman]]:
+    doorman.shown.clear()
+    yield guarded_door, doorman
+    wait_until(lambda: guarded_door.open() == 0)
+    assert not guarded_door.guard.waiting
+
+
+def test_who_is_turned_away_may_go_on_asking(door: tuple[Served, Doorman]) -> None:
+    served, doorman = door
+    with closing(served.connect()) as connection:
+        for sent, wanted in ((KNOCK, NO), (KNOCK, NO), (GET, b"0"), (KNOCK, NO), (GET, b"0")):
+            connection.sendall(sent)
+            found = answer(connection)
+            assert found == NO if wanted is NO else (status(found) == 200 and found.endswith(wanted))
+    assert doorman.shown == [KNOCK, KNOCK, GET, KNOCK, GET]
+
+
+def test_what_belongs_to_another_request_is_not_shown(door: tuple[Served, Doorman]) -> None:
+    """Else the two ends would disagree on where a request begins."""
+    served, doorman = door
+    for first in (
+        b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(KNOCK),  # it is the body
+        b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n" % len(KNOCK) + b"X: ",  # it goes on with the headers
+    ):
+        with closing(served.connect(first)) as connection:
+            wait_until(lambda first=first: first in doorman.shown)  # type: ignore[misc]
+            connection.sendall(KNOCK)
+            if first.endswith(b"X: "):
+                connection.sendall(KNOCK)
+            assert answer(connection) != NO
+    assert KNOCK not in doorman.shown
+
+
+def test_behind_a_request_in_hand_it_waits_for_its_turn(door: tuple[Served, Doorman]) -> None:
+    served, doorman = door
+    with closing(served.connect(GET.replace(b"/", b"/slow", 1))) as connection:
+        wait_until(lambda: len(doorman.shown) == 1)
+        connection.sendall(KNOCK)
+        found = b""
+        while found.count(b"HTTP/1.1 ") < 2 or not found.endswith(b"4"):
+            more = connection.recv(65536)
+            assert more, found
+            found += more
+        assert found.index(b"done") < found.rindex(b"HTTP/1.1 200")  # the parser's, in order
+    assert KNOCK not in doorman.shown
+
+
+def test_who_is_turned_away_and_then_idle_is_closed() -> None:
+    with serve(keep_alive_s=1, turn_away=Doorman()) as served, closing(served.connect(KNOCK)) as connection:
+        assert answer(connection) == NO
+        time.sleep(0.6)
+        connection.sendall(KNOCK)  # a new second begins
+        assert answer(connection) == NO
+        assert 0.7 < ended_after(connection) < 5
+        assert served.guard.ended["idle"] == 1
+
+
+def test_a_server_that_ends_does_not_wait_for_who_was_turned_away() -> None:
+    with serve(turn_away=Doorman()) as served:
+        connection = served.connect(KNOCK)
+        assert answer(connection) == NO
+        started = time.monotonic()
+    assert time.monotonic() - started < 5
+    assert connection.recv(10) == b""
+    connection.close()

@@ -13,7 +13,9 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2
@@ -25,6 +27,7 @@ from service_helpers import (
     ServerProcess,
     assert_same,
     check_problem,
+    in_flight,
     post,
     post_json,
     predictions,
@@ -38,15 +41,11 @@ from mithridate.errors import OptionError
 from service import ceilings, engine_worker, loading
 from service import engine as thread_engine
 from service.batching import EngineStoppedError
-from service.engine_process import _NEEDED, ProcessEngine
+from service.engine_process import _NEEDED, ProcessEngine, _Child
 from service.settings import Settings, load_settings
+from service.wire import encode
 
 LONG = "rmc:scope=all,neighbors=512,epochs=10,patience=1000"
-
-
-def in_flight(client: httpx2.Client) -> int:
-    lines = client.get("/metrics").text.splitlines()
-    return int(float(next(line for line in lines if line.startswith("mithridate_requests_in_flight ")).split()[1]))
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +66,39 @@ def rest_of(pid: int, *, seconds: float = 0.5) -> float:
     before = cpu_seconds(pid)
     time.sleep(seconds)
     return cpu_seconds(pid) - before
+
+
+def test_the_service_goes_before_its_engine_where_both_want_a_processor(server: ServerProcess) -> None:
+    (engine,) = engine_pids(server)
+    least = min(19, os.getpriority(os.PRIO_PROCESS, server.process.pid) + 5)
+    assert os.getpriority(os.PRIO_PROCESS, engine) == least
+    # Priorities are among those of a session; a group of its own is enough for Ctrl-C to pass by.
+    assert os.getsid(engine) == os.getsid(server.process.pid)
+    assert os.getpgid(engine) == engine
+
+
+def test_answers_that_come_together_leave_turns_to_others_between(
+    digits_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns: list[int] = []
+
+    async def main() -> None:
+        engine, passed = ProcessEngine(load_settings(bundle=digits_bundle)), 0
+        monkeypatch.setattr(engine, "_hear", lambda message, child: turns.append(passed))
+        reader, process = asyncio.StreamReader(), SimpleNamespace(poll=lambda: 0, pid=1)
+        reader.feed_data(20 * b"".join(encode({"type": "answer"})))
+        reader.feed_eof()
+        loaded = asyncio.get_running_loop().create_future()
+        loaded.set_result({})
+        child = _Child(process=process, reader=reader, writer=None, loaded=loaded)  # type: ignore[arg-type]
+        listening = asyncio.create_task(engine._listen(child))
+        while not listening.done():
+            passed += 1
+            await asyncio.sleep(0)
+
+    asyncio.run(main())
+    assert len(turns) == 20
+    assert all(later > earlier for earlier, later in pairwise(turns))
 
 
 @pytest.mark.parametrize("defense", ["none", "rmc"])

@@ -51,7 +51,7 @@ def alone(serving: Serving, probes: list[bytes]) -> Answers:
     found = {}
     for defense in DEFENCES:
         for number, probe in enumerate(probes):
-            with serving(offer=DEFENCES) as fresh:
+            with serving(offer=[defense]) as fresh:
                 found[defense, number] = ask(fresh, probe, defense)
     return found
 

@@ -6,12 +6,23 @@ import asyncio
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx2
 import pytest
-from service_helpers import SLOW, ServerProcess, Serving, check_problem, post, predictions, wait_ready, wait_until
+from service_helpers import (
+    SLOW,
+    ServerProcess,
+    Serving,
+    check_problem,
+    in_flight,
+    keep_busy,
+    post,
+    predictions,
+    wait_ready,
+    wait_until,
+)
 
 from mithridate.datasets import LabelledImages
 from mithridate.errors import BudgetExceededError
@@ -35,22 +46,6 @@ def server(digits_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
 def background() -> Iterator[ThreadPoolExecutor]:
     with ThreadPoolExecutor(4) as threads:
         yield threads
-
-
-def in_flight(client: httpx2.Client) -> int:
-    lines = client.get("/metrics").text.splitlines()
-    return int(float(next(line for line in lines if line.startswith("mithridate_requests_in_flight ")).split()[1]))
-
-
-def keep_busy(
-    threads: ThreadPoolExecutor, client: httpx2.Client, file: bytes, *, seconds: float
-) -> Future[httpx2.Response]:
-    """Occupies the engine for ``seconds``."""
-    slow = threads.submit(post, client, file, defense=SLOW, deadline_ms=1000 * seconds)
-    while in_flight(client) == 0:
-        time.sleep(0.01)
-    time.sleep(0.1)  # admitted, but perhaps still being decoded: a request sent now could reach the engine first
-    return slow
 
 
 def test_a_full_queue_sheds_and_recovers(serving: Serving, background: ThreadPoolExecutor, clean: list[bytes]) -> None:

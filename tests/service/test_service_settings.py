@@ -88,6 +88,7 @@ BAD: dict[str, Any] = {
     "docs": ["perhaps"],
     "offer": [3],
     "log_format": ["xml"],
+    "engine_nice": [-1, 20, 0.5],
     "query_window": [0, 9],
     "query_memory_mb": [0],
     "near_duplicate_distance": [0, 1.1, float("nan")],

@@ -264,12 +264,12 @@ def test_a_straggler_does_not_make_telemetry_begin_anew(here: tuple[TestClient, 
         late = threads.submit(post, client, clean[0], defense="gate")
         assert gate.entered.wait(30)
         assert swap(client, "words" if before != "words" else "digits").status_code == 200
-        post(client, clean[1])
+        assert predictions(post(client, clean[1]))
         compared, left_out = counted()
         recent = service.watching.telemetry._recent
         gate.opened.set()
         assert late.result(30).json()["bundle"]["name"] == before
-    post(client, clean[2])
+    assert predictions(post(client, clean[2]))
     assert counted() == (compared + 1, left_out + 1)
     assert service.watching.telemetry._recent is recent
 
