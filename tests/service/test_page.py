@@ -150,6 +150,7 @@ def test_the_card_is_as_honest_as_the_report(serving: Serving, digits_bundle: Pa
     for entry in card.defenses:
         assert ruling_in_words(entry.ruling) in shown
         assert f"{100 * entry.worst_case.low:.1f}\u2013{100 * entry.worst_case.high:.1f}" in shown
+        assert entry.ruling == "base" or all(reason in shown for reason in entry.reasons)
     assert card.command is None or card.command not in shown
 
 
