@@ -153,7 +153,7 @@ class Bundles:
         await old.unused.wait()
         await old.engine.end()
         logger.info("the bundle before this one is closed")
-        del old
+        del old  # else what is called now would find it in use
         self.on_retired()
 
     async def _prepare(self, path: Path, digest: str | None) -> _Generation:

@@ -27,6 +27,7 @@ import h11
 from uvicorn.config import Config
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from service.problems import MEDIA_TYPE, document
 from service.settings import Settings
 
 _LINGER_S = 1.0
@@ -35,6 +36,14 @@ _LATE_BODY_S = 5.0
 """After an answer that came before its request's body ended: how long the rest may take."""
 _CRUMBS, _CRUMB_BYTES = 4096, 64
 """A body in more pieces than this must have at least so many bytes a piece."""
+
+
+TurnAway = Callable[[bytes, tuple[str, int] | None], bytes | None]
+"""The whole answer to what a connection at rest has received from a client; None where it must be read for that."""
+
+
+def read_all(data: bytes, client: tuple[str, int] | None) -> None:
+    """Turns nobody away."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,18 +62,14 @@ class Guard:
     """What all connections of one server share."""
 
     limits: ConnectionLimits
-    turn_away: TurnAway = lambda data, client: None
+    turn_away: TurnAway
     waiting: dict[GuardedProtocol, None] = field(default_factory=dict)
     """Connections without a request in hand, the one that has been so longest first."""
     ended: Counter[str] = field(default_factory=Counter)
     """How many were ended here, by reason."""
 
 
-TurnAway = Callable[[bytes, tuple[str, int] | None], bytes | None]
-"""The whole answer to what a connection at rest has received from a client; None where it must be read for that."""
-
-
-def connection_options(settings: Settings, turn_away: TurnAway = lambda data, client: None) -> dict[str, Any]:
+def connection_options(settings: Settings, turn_away: TurnAway = read_all) -> dict[str, Any]:
     """The part of ``uvicorn.Config`` that holds connections to the settings' limits."""
     limits = ConnectionLimits(
         max_connections=settings.max_connections,
@@ -80,7 +85,7 @@ def connection_options(settings: Settings, turn_away: TurnAway = lambda data, cl
     }
 
 
-def guarded(limits: ConnectionLimits, turn_away: TurnAway = lambda data, client: None) -> type[GuardedProtocol]:
+def guarded(limits: ConnectionLimits, turn_away: TurnAway = read_all) -> type[GuardedProtocol]:
     """The protocol for one server; ``.guard`` tells what became of its connections."""
 
     class Protocol(GuardedProtocol):
@@ -292,8 +297,7 @@ class GuardedProtocol(H11Protocol):
 
 
 def _answer(status: int, detail: str, *, retry: bool) -> bytes:
-    phrase = HTTPStatus(status).phrase
-    document = {"type": "about:blank", "title": phrase, "status": status, "detail": detail}
-    body = json.dumps({**document, "instance": "", "request_id": ""}).encode()
-    head = f"HTTP/1.1 {status} {phrase}\r\nContent-Type: application/problem+json\r\nContent-Length: {len(body)}\r\n"
+    body = json.dumps(document(status, detail, "", "")).encode()
+    line = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}"
+    head = f"{line}\r\nContent-Type: {MEDIA_TYPE}\r\nContent-Length: {len(body)}\r\n"
     return head.encode() + (b"Retry-After: 1\r\n" if retry else b"") + b"Connection: close\r\n\r\n" + body

@@ -3,7 +3,7 @@
 Under several times the load that can be answered most requests end here, and what each of them costs is taken from the
 rest. Therefore there are two doors. One is the outermost place of the application, a quarter of the way through the
 framework. Before it, where a whole plain request lies in one piece in the connection's hands, ``Door`` answers without
-a parser, for a tenth of that again; whatever is not plain goes the usual way to the same answer.
+a parser, for a sixth of that again; whatever is not plain goes the usual way to the same answer.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ _PLAIN = re.compile(
     re.escape(_START) + rb"(?:\?[!-~]*)? HTTP/1\.1((?:\r\n[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t -~]*)+)\r\n\r\n"
 )
 """A request line and headers that nobody could read in two ways."""
+
+_NAMED = b"\r\nX-Request-ID: "
 
 _NEEDED = {b"content-length", b"host"}
 _READ = {*_NEEDED, b"connection", b"x-request-id"}
@@ -134,9 +136,6 @@ class Door:
         length = named[b"content-length"]
         whole = length.isdigit() and len(length) < 16 and len(data) == match.end() + int(length)
         return named if whole else None
-
-
-_NAMED = b"\r\nX-Request-ID: "
 
 
 def _write(problem: Problem, now: int) -> tuple[bytes, int, bytes, bytes]:

@@ -7,6 +7,7 @@ import io
 import json
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -249,3 +250,21 @@ def keep_busy(
         time.sleep(0.01)
     time.sleep(0.1)  # admitted, but perhaps still being decoded: a request sent now could reach the engine first
     return slow
+
+
+def answer(connection: socket.socket) -> bytes:
+    """One whole answer, or what came of it until the server closed."""
+    found = b""
+    while b"\r\n\r\n" not in found or len(found.partition(b"\r\n\r\n")[2]) < _length(found):
+        more = connection.recv(65536)
+        if not more:
+            break
+        found += more
+    return found
+
+
+def _length(head: bytes) -> int:
+    for line in head.lower().split(b"\r\n"):
+        if line.startswith(b"content-length:"):
+            return int(line.split(b":")[1])
+    return 1 << 60

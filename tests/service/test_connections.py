@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 import uvicorn
-from service_helpers import wait_until
+from service_helpers import answer, wait_until
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from service.connections import ConnectionLimits, Guard, TurnAway, guarded
+from service.connections import ConnectionLimits, Guard, TurnAway, guarded, read_all
 
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 SHORT = 0.3
@@ -69,16 +69,6 @@ class Served:
         return len(self.server.server_state.connections)
 
 
-def answer(connection: socket.socket) -> bytes:
-    found = b""
-    while b"\r\n\r\n" not in found or len(found.partition(b"\r\n\r\n")[2]) < length(found):
-        more = connection.recv(65536)
-        if not more:
-            break
-        found += more
-    return found
-
-
 def send(connection: socket.socket, data: bytes) -> bool:
     """Whether the connection still takes it."""
     try:
@@ -86,13 +76,6 @@ def send(connection: socket.socket, data: bytes) -> bool:
     except ConnectionError:
         return False
     return True
-
-
-def length(head: bytes) -> int:
-    for line in head.lower().split(b"\r\n"):
-        if line.startswith(b"content-length:"):
-            return int(line.split(b":")[1])
-    return 1 << 60
 
 
 def status(found: bytes) -> int:
@@ -112,7 +95,7 @@ def ended_after(connection: socket.socket) -> float:
 
 @contextmanager
 def serve(
-    limits: ConnectionLimits = LIMITS, keep_alive_s: int = 60, turn_away: TurnAway = lambda data, client: None
+    limits: ConnectionLimits = LIMITS, keep_alive_s: int = 60, turn_away: TurnAway = read_all
 ) -> Iterator[Served]:
     routes = [
         Route("/", _count, methods=["GET", "POST"]),

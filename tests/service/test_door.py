@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx2
 import pytest
-from service_helpers import SLOW, ServerProcess, check_problem, keep_busy, wait_ready
+from service_helpers import SLOW, ServerProcess, answer, check_problem, keep_busy, wait_ready
 
 from service.app import Service
 from service.door import Door
@@ -46,10 +46,10 @@ def filled(service: Service) -> Service:
     return service
 
 
-def fields(answer: bytes | None) -> tuple[str, dict[str, str], dict[str, Any]]:
+def fields(said: bytes | None) -> tuple[str, dict[str, str], dict[str, Any]]:
     """Status line, headers and document; the length is right."""
-    assert answer is not None
-    head, _, body = answer.partition(b"\r\n\r\n")
+    assert said is not None
+    head, _, body = said.partition(b"\r\n\r\n")
     line, *lines = head.decode("ascii").split("\r\n")
     headers = {name.lower(): value for name, value in (one.split(": ", 1) for one in lines)}
     assert len(headers) == len(lines)
@@ -175,8 +175,8 @@ def test_where_requests_are_traced_the_usual_way_makes_the_span(full: Service, m
 def test_it_is_counted_and_logged_as_any_other(digits_bundle: Path, caplog: pytest.LogCaptureFixture) -> None:
     full = filled(Service(load_settings(bundle=digits_bundle, queue_size=2, log_client_address=True)))
     with caplog.at_level("INFO", "mithridate.access"):
-        answer = Door(full).turn_away(plain(), ("192.0.2.1", 5))
-    identity = fields(answer)[1]["x-request-id"]
+        said = Door(full).turn_away(plain(), ("192.0.2.1", 5))
+    identity = fields(said)[1]["x-request-id"]
     (line,) = caplog.messages
     assert re.fullmatch(rf"POST /v1/predict 429 \d+\.\d+ms id={identity} outcome=queue-full client=192\.0\.2\.1", line)
     rendered = full.metrics.render().decode()
@@ -185,16 +185,6 @@ def test_it_is_counted_and_logged_as_any_other(digits_bundle: Path, caplog: pyte
 
 
 # Over real sockets
-
-
-def receive(connection: socket.socket) -> bytes:
-    found = b""
-    while b"\r\n\r\n" not in found:
-        found += connection.recv(65536)
-    wanted = int(re.findall(rb"(?i)content-length: *(\d+)", found)[0])
-    while len(found.partition(b"\r\n\r\n")[2]) < wanted:
-        found += connection.recv(65536)
-    return found
 
 
 def test_both_doors_say_the_same_and_the_connection_goes_on(
@@ -211,7 +201,7 @@ def test_both_doors_say_the_same_and_the_connection_goes_on(
                 connection.sendall(
                     plain(HEAD.replace(b"Host: x", b"Host: 127.0.0.1") + b"X-Request-ID: same\r\n" + more)
                 )
-                raw.append(receive(connection))
+                raw.append(answer(connection))
                 line, headers, document = fields(raw[-1])
                 del headers["date"], headers["retry-after"]
                 answers.append((line, headers, document))
@@ -221,8 +211,8 @@ def test_both_doors_say_the_same_and_the_connection_goes_on(
             orders = [[line.split(b":")[0].lower() for line in one.split(b"\r\n")] for one in raw]
             assert orders[0] == orders[2] != orders[1]
             connection.sendall(b"GET /livez HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
-            assert fields(receive(connection))[0] == "HTTP/1.1 200 OK"
+            assert fields(answer(connection))[0] == "HTTP/1.1 200 OK"
             check_problem(slow.result(), 504)
             connection.sendall(plain(HEAD.replace(b"Host: x", b"Host: 127.0.0.1")))
-            assert fields(receive(connection))[0] == "HTTP/1.1 415 Unsupported Media Type"  # there is room again
+            assert fields(answer(connection))[0] == "HTTP/1.1 415 Unsupported Media Type"  # there is room again
         assert 'mithridate_shed_total{reason="queue-full"} 3.0' in server.client.get("/metrics").text
