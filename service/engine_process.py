@@ -58,6 +58,7 @@ _NEEDED = (
 """The settings that an engine looks at. What else there is, keys among it, is not sent."""
 
 _READ_AHEAD = 2**20
+_LOOKED_EVERY_SECONDS = 1.0
 _LAST_SECONDS = 20.0
 """So long a process that was told to close may take for the step it is in; then it is killed."""
 
@@ -80,9 +81,10 @@ class Elsewhere:
 @dataclass(kw_only=True, eq=False)
 class _Asked:
     """A request that the process has not answered: ``begun`` once it works on it, ``told`` once it knows that nobody
-    waits any more."""
+    waits any more. ``deadline``: the ``time.monotonic()`` instant that ends it."""
 
     answer: asyncio.Future[Answer]
+    deadline: float
     cancelled: threading.Event
     images: int
     begun: bool = False
@@ -110,6 +112,7 @@ class ProcessEngine:
         self._outbox: list[Buffer] = []
         self._child: _Child | None = None
         self._listening: asyncio.Task[None] | None = None
+        self._watching: asyncio.Task[None] | None = None
         self._closing = False
         self._last_words: str | None = None
         self.on_batch: Callable[[BatchSize], None] = lambda size: None
@@ -145,6 +148,7 @@ class ProcessEngine:
         try:
             self._child = child = await _spawn(self._settings)
             self._listening = asyncio.create_task(self._listen(child))
+            self._watching = asyncio.create_task(self._watch(child))
             found = await child.loaded
             loaded = await asyncio.to_thread(_show, self._settings, found)
         except BaseException:
@@ -172,7 +176,7 @@ class ProcessEngine:
             raise EngineStoppedError
         number = next(self._numbers)
         answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        asked = self._asked[number] = _Asked(answer=answer, cancelled=cancelled, images=len(pixels))
+        asked = self._asked[number] = _Asked(answer=answer, deadline=deadline, cancelled=cancelled, images=len(pixels))
         self._send(
             {
                 "type": "ask",
@@ -211,6 +215,8 @@ class ProcessEngine:
         if child is None:
             return
         child.loaded.cancel()
+        if self._watching is not None:
+            self._watching.cancel()
         child.process.kill()
         await asyncio.to_thread(child.process.wait)
         if self._listening is not None:
@@ -270,6 +276,21 @@ class ProcessEngine:
             child.loaded.set_exception(died)
         else:
             self.on_death(died)
+
+    async def _watch(self, child: _Child) -> None:
+        """Ends a process that hangs: a step takes much less than ``engine_hang_s``, and past its deadline a request gets
+        no other. Only what is overdue when looked at twice counts, since its answer may wait to be read."""
+        allowed, seen = self._settings.engine_hang_s, frozenset[int]()
+        while not self._closing:
+            await asyncio.sleep(_LOOKED_EVERY_SECONDS)
+            since = time.monotonic() - allowed
+            overdue = frozenset(number for number, asked in self._asked.items() if asked.deadline < since)
+            if overdue & seen:
+                said = f"the engine process ({child.process.pid}) hangs: {len(overdue)} requests are unanswered"
+                self._last_words = f"{said} {allowed:g} s after their deadlines"
+                child.process.kill()
+                return
+            seen = overdue
 
     def _hear(self, message: Message, child: _Child) -> None:
         match message["type"]:

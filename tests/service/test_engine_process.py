@@ -207,6 +207,36 @@ def test_a_killed_engine_ends_the_service_at_once(digits_bundle: Path, tmp_path:
         wait_until(lambda: not is_alive(engines[1]), seconds=5)
 
 
+def test_an_engine_process_that_hangs_ends_the_service(digits_bundle: Path, clean: list[bytes], tmp_path: Path) -> None:
+    """A stopped process neither answers nor dies: what it was asked is 504, and soon nothing claims to be ready."""
+    server = ServerProcess(
+        tmp_path / "log",
+        bundle=digits_bundle,
+        threads=1,
+        isolation="process",
+        offer=["none"],
+        defense="none",
+        deadline_ms=500,
+        engine_hang_s=1.5,
+        drain_timeout_s=1,
+    )
+    with contextlib.closing(server):
+        wait_ready(server.client)
+        (engine,) = engine_pids(server)
+        for _ in range(3):  # an engine that is idle, or answers, does not hang
+            assert post(server.client, clean[0]).status_code == 200
+            time.sleep(1)
+        os.kill(engine, signal.SIGSTOP)
+        stopped = time.monotonic()
+        check_problem(post(server.client, clean[0]), 504, "deadline")
+        assert server.client.get("/readyz").status_code == 200  # a long step is no death
+        assert server.process.wait(20) not in (0, -signal.SIGKILL)
+        assert 2 <= time.monotonic() - stopped < 10
+        last = server.log.splitlines()[-1]
+        assert f"the engine process ({engine}) hangs: 1 requests are unanswered 1.5 s after their deadlines" in last
+        wait_until(lambda: not is_alive(engine), seconds=5)
+
+
 def make_engine(bundle: Path, **flags: Any) -> ProcessEngine:
     return ProcessEngine(load_settings(**{"bundle": bundle, "defense": "none", "offer": [SLOW], "threads": 1, **flags}))
 

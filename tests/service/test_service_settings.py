@@ -89,6 +89,7 @@ BAD: dict[str, Any] = {
     "offer": [3],
     "log_format": ["xml"],
     "engine_nice": [-1, 20, 0.5],
+    "engine_hang_s": [0, -1, float("nan")],
     "query_window": [0, 9],
     "query_memory_mb": [0],
     "near_duplicate_distance": [0, 1.1, float("nan")],
