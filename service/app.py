@@ -24,6 +24,7 @@ from service.body_memory import BodyMemoryMiddleware
 from service.bundles import Bundles
 from service.collectors import watch_lag
 from service.decode_pool import DecodePool
+from service.docs_page import add_docs
 from service.door import DoorMiddleware
 from service.engines import AnyEngine
 from service.keys import Caller, Scope
@@ -280,7 +281,7 @@ def create_app(settings: Settings) -> FastAPI:
         summary="Image classification behind run-time adversarial defences",
         version=__version__,
         lifespan=lifespan,
-        docs_url="/docs" if settings.docs else None,
+        docs_url=None,
         redoc_url=None,
         openapi_url="/openapi.json" if settings.docs else None,
     )
@@ -296,4 +297,6 @@ def create_app(settings: Settings) -> FastAPI:
     add_open_inference(app, service)
     add_lab(app, service)
     add_page(app, service)
+    if settings.docs:
+        add_docs(app)
     return app

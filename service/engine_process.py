@@ -278,8 +278,8 @@ class ProcessEngine:
             self.on_death(died)
 
     async def _watch(self, child: _Child) -> None:
-        """Ends a process that hangs: a step takes much less than ``engine_hang_s``, and past its deadline a request gets
-        no other. Only what is overdue when looked at twice counts, since its answer may wait to be read."""
+        """Ends a process that hangs: past its deadline a request gets no other step, and one takes much less than
+        ``engine_hang_s``. Only what is overdue when looked at twice counts, since its answer may wait to be read."""
         allowed, seen = self._settings.engine_hang_s, frozenset[int]()
         while not self._closing:
             await asyncio.sleep(_LOOKED_EVERY_SECONDS)

@@ -61,7 +61,7 @@ class Settings(BaseSettings):
     engine_nice: Annotated[int, Field(ge=0, le=19)] = 5
     """How far engine processes give way to the service, and to all else on the machine, where processors are short."""
     engine_hang_s: Annotated[float, Field(gt=0)] = 60
-    """So long after a request's deadline an engine process that has not answered it counts as hung: the service ends."""
+    """Past a request's deadline by this, an engine process without its answer counts as hung; the service ends."""
     max_neighbors: Annotated[int, Field(ge=1)] | None = None
     """Neighbours an image that an offered defence may use; one with more is refused at the start."""
     max_steps: Annotated[int, Field(ge=1)] | None = None

@@ -150,3 +150,17 @@ def wait_for_html(browser: Browser, text: str) -> str:
             return page
         assert time.monotonic() < deadline, page
         time.sleep(0.05)
+
+
+def test_the_interface_is_described_without_anybody_else(browser: Browser, url: str) -> None:
+    """Swagger UI's files come from the service, and its policy lets nothing else run."""
+    browser.show(f"{url}/docs", width=1280)
+    deadline = time.monotonic() + 20
+    while browser.run("document.querySelectorAll('.opblock').length") < 10:
+        assert time.monotonic() < deadline, browser.run("document.body.innerText")
+        time.sleep(0.05)
+    assert "/v1/predict" in browser.run("document.body.innerText")
+    asked = browser.requests()
+    assert f"{url}/docs/swagger-ui-bundle.js" in asked
+    assert [address for address in asked if not address.startswith((f"{url}/", "data:"))] == []
+    assert browser.complaints() == []

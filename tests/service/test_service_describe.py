@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from service_helpers import SLOW, Serving, post, post_json, predictions
+from service_helpers import SLOW, Serving, check_problem, post, post_json, predictions
 from starlette.testclient import TestClient
 
 from mithridate.bundle import Bundle
@@ -193,8 +193,13 @@ def test_the_answer_has_the_form_that_the_schema_gives(client: TestClient, adver
 
 
 def test_docs_can_be_hidden(client: TestClient, serving: Serving, clean: list[bytes]) -> None:
-    assert "Mithridate" in client.get("/docs").text
+    page = client.get("/docs")
+    assert "Mithridate" in page.text
+    assert "'unsafe-inline'" not in page.headers["content-security-policy"].split("style-src")[0]
+    assert client.get("/docs/swagger-ui.css").headers["content-type"].startswith("text/css")
+    check_problem(client.get("/docs/other.css"), 404, "no such file")
+    check_problem(client.get("/docs/redoc.standalone.js"), 404, "no such file")
     with serving(docs=False) as hidden:
-        for path in ("/docs", "/openapi.json", "/redoc"):
+        for path in ("/docs", "/docs/swagger-ui.css", "/openapi.json", "/redoc"):
             assert hidden.get(path).status_code == 404
         assert predictions(post(hidden, clean[0]))
