@@ -41,8 +41,6 @@ class Engine:
         self._running: Sequence[Waiting] = ()
         # A daemon, closed at exit: a process that is told to end at once must not wait for a queue that never moves.
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
-        self.service_seconds = 0.05
-        """Moving average of the engine's time that a request takes up."""
         self.on_batch: Callable[[BatchSize], None] = lambda size: None
         """Called in the engine's thread with each batch that it has run."""
         self.on_begin: Callable[[Sequence[Waiting]], None] = lambda batch: None
@@ -210,8 +208,6 @@ class Engine:
 
     def _answer(self, batch: Sequence[Waiting], outcomes: Sequence[Outcome], started: float) -> None:
         size = BatchSize(requests=len(batch), images=sum(len(request.pixels) for request in batch))
-        share = (time.perf_counter() - started) / size.requests
-        self.service_seconds += (1 - 0.9**size.requests) * (share - self.service_seconds)
         self.on_batch(size)
         for request, outcome in zip(batch, outcomes, strict=True):
             if isinstance(outcome, BudgetExceededError):

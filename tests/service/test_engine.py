@@ -139,33 +139,6 @@ def test_nobodys_images_are_kept(digits_bundle: Path, digits_test: LabelledImage
     asyncio.run(main())
 
 
-def test_a_request_counts_with_its_share_of_the_batch(digits_bundle: Path, digits_test: LabelledImages) -> None:
-    """Else Retry-After would send clients away for as many batches as there are requests."""
-
-    class Sleepy(Wrapped):
-        def predict_together(self, requests: Sequence[Request]) -> list[Outcome]:
-            time.sleep(0.8)
-            return super().predict_together(requests)
-
-    async def main() -> tuple[float, float]:
-        async with loaded_engine(digits_bundle) as (engine, none):
-            gate, sleepy = Gate(none), Sleepy(none)
-            first = ask(engine, gate, digits_test.images[:1])
-            await until(gate.entered.is_set)
-            together = [ask(engine, sleepy, digits_test.images[:1]) for _ in range(16)]
-            await until(lambda: engine.waiting == 16)
-            gate.opened.set()
-            await first
-            await asyncio.gather(*together)
-            shared = engine.service_seconds
-            await ask(engine, sleepy, digits_test.images[:1])
-            return shared, engine.service_seconds
-
-    shared, alone = asyncio.run(main())
-    assert shared < 0.15
-    assert alone > shared + 0.05
-
-
 def test_closing_ends_the_running_batch_and_says_so_to_the_others(
     digits_bundle: Path, digits_test: LabelledImages
 ) -> None:
