@@ -65,7 +65,9 @@ class Service:
         self.access = Access(settings)
         self.admission = Admission(settings)
         self.bundles = Bundles(settings)
-        self.watching = Watching(settings, loaded=lambda: self.engine.loaded)
+        self.watching = Watching(
+            settings, loaded=lambda: self.engine.loaded, device_memory=lambda: self.bundles.device_memory
+        )
         self.metrics = self.watching.metrics
         self.decoders = DecodePool(max_pixels=settings.max_decoding_pixels)
         self.draining = False

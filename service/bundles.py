@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 from mithridate.bundle import Bundle
 from mithridate.errors import BundleError, MithridateError, OptionError
 from service.batching import BatchSize
+from service.device_memory import DeviceMemory, together
 from service.engines import AnyEngine, make_engine
 from service.loading import Loaded
 from service.settings import Settings
@@ -59,6 +60,7 @@ class Bundles:
         self._settings = settings
         self._live: _Generation = _Generation(_at(settings, settings.bundle))
         self._retiring: set[asyncio.Task[None]] = set()
+        self._open = {self._live}
         self.current: Served | None = None
         """What answers; None while nothing does yet."""
         self.previous: Served | None = None
@@ -79,6 +81,11 @@ class Bundles:
     def engine(self) -> AnyEngine:
         """The one that new requests go to."""
         return self._live.engine
+
+    @property
+    def device_memory(self) -> Sequence[DeviceMemory]:
+        """What the engine that is live, the one before it and the one that is being loaded hold of each GPU."""
+        return together(generation.engine.device_memory for generation in self._open)
 
     @contextmanager
     def use(self) -> Iterator[AnyEngine]:
@@ -112,7 +119,7 @@ class Bundles:
             fresh = await self._prepare(path, digest)
             loaded = fresh.engine.loaded
             if loaded is None:  # it has ended since
-                await fresh.engine.end()
+                await self._close(fresh)
                 raise OptionError("its engine has ended before it was live")
             old, self._live = self._live, fresh
             self._listen(fresh)
@@ -151,7 +158,7 @@ class Bundles:
 
     async def _retire(self, old: _Generation) -> None:
         await old.unused.wait()
-        await old.engine.end()
+        await self._close(old)
         logger.info("the bundle before this one is closed")
         del old  # else what is called now would find it in use
         self.on_retired()
@@ -160,12 +167,19 @@ class Bundles:
         manifest = await asyncio.to_thread(Bundle.open, path, verify=False)
         _require(manifest.digest, digest)  # a first look, which costs nothing; the engine looks at every file
         fresh = _Generation(_at(self._settings, path))
+        self._open.add(fresh)
         try:
             _require((await fresh.engine.load()).bundle.digest, digest)
         except BaseException:  # also where nobody waits for it any more
-            await asyncio.shield(fresh.engine.end())
+            await asyncio.shield(self._close(fresh))
             raise
         return fresh
+
+    async def _close(self, generation: _Generation) -> None:
+        try:
+            await generation.engine.end()
+        finally:
+            self._open.discard(generation)
 
     def _listen(self, generation: _Generation) -> None:
         """Only the death of what is live is the service's: one that is being replaced takes its requests along."""

@@ -8,7 +8,7 @@ import platform
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from prometheus_client.registry import Collector
 
 from mithridate import __version__
 from mithridate.evaluation import percentile
+from service.device_memory import DeviceMemory
 from service.loading import Loaded
 
 _RECENT_SECONDS, _RECENT_MOST = 30.0, 4096
@@ -65,8 +66,10 @@ class QueueWait:
 class Inventory(Collector):
     """What runs (version and bundle) and how much memory its processes and devices hold."""
 
-    def __init__(self, loaded: Callable[[], Loaded[Any] | None]) -> None:
-        self._loaded = loaded
+    def __init__(
+        self, loaded: Callable[[], Loaded[Any] | None], device_memory: Callable[[], Sequence[DeviceMemory]]
+    ) -> None:
+        self._loaded, self._device_memory = loaded, device_memory
 
     def describe(self) -> Iterable[Metric]:
         return ()
@@ -89,24 +92,12 @@ class Inventory(Collector):
         yield resident
         device = GaugeMetricFamily(
             "mithridate_device_memory_bytes",
-            "Memory of a GPU that torch in the server's process has allocated, or reserved",
+            "Memory of a GPU that torch has allocated, or reserved, in all engines; as of each one's latest batch",
             labels=["device", "kind"],
         )
-        for name, kind, size in device_memory():
+        for name, kind, size in self._device_memory():
             device.add_metric([name, kind], size)
         yield device
-
-
-def device_memory() -> list[tuple[str, str, int]]:
-    """``(device, "allocated" | "reserved", bytes)`` of this process; nothing where it does not use CUDA."""
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_initialized():  # asking would initialise it, which costs half a gigabyte
-        return []
-    found = []
-    for number in range(torch.cuda.device_count()):
-        found.append((f"cuda:{number}", "allocated", int(torch.cuda.memory_allocated(number))))
-        found.append((f"cuda:{number}", "reserved", int(torch.cuda.memory_reserved(number))))
-    return found
 
 
 async def watch_lag(observe: Callable[[float], None]) -> None:

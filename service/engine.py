@@ -23,6 +23,7 @@ from mithridate.defenses import Budget, Defence, Outcome, Prediction, Request
 from mithridate.errors import BudgetExceededError
 from mithridate.types import to_images
 from service.batching import Answer, BatchSize, EngineStoppedError, Queue, Waiting
+from service.device_memory import DeviceMemory, device_memory
 from service.loading import Loaded, load
 from service.out_of_memory import OutOfMemory, free_memory, is_out_of_memory, join
 from service.settings import Settings
@@ -57,6 +58,11 @@ class Engine:
     def waiting(self) -> int:
         """How many requests it has not begun."""
         return len(self._queue)
+
+    @property
+    def device_memory(self) -> Sequence[DeviceMemory]:
+        """What this process holds of each GPU."""
+        return device_memory()
 
     def start(self) -> Future[Loaded[Defence]]:
         """Verifies and loads the bundle and answers once with every defence; only then is there what it gives."""

@@ -30,6 +30,7 @@ from mithridate.bundle import Bundle
 from mithridate.errors import BudgetExceededError, BundleError, MithridateError
 from mithridate.evaluation.card import read_card
 from service.batching import Answer, BatchSize, EngineStoppedError
+from service.device_memory import DeviceMemory
 from service.loading import Loaded, Named, Shown
 from service.settings import Settings
 from service.wire import PREFIX, Buffer, Message, WireError, decode, encode, sizes
@@ -114,6 +115,8 @@ class ProcessEngine:
         self._listening: asyncio.Task[None] | None = None
         self._watching: asyncio.Task[None] | None = None
         self._closing = False
+        self.device_memory: Sequence[DeviceMemory] = ()
+        """What the process holds of each GPU, as it said with its latest batch."""
         self._last_words: str | None = None
         self.on_batch: Callable[[BatchSize], None] = lambda size: None
         """Called with each batch that it has run."""
@@ -297,6 +300,7 @@ class ProcessEngine:
             case "loaded" | "failed" if child.loaded.done():  # nobody waits for it any more
                 pass
             case "loaded":
+                self.device_memory = message["device_memory"]
                 child.loaded.set_result(message)
             case "failed":
                 child.loaded.set_exception(_error(message))
@@ -305,6 +309,7 @@ class ProcessEngine:
                     if number in self._asked:
                         self._asked[number].begun = True
             case "batch":
+                self.device_memory = message["device_memory"]
                 self.on_batch(BatchSize(requests=message["requests"], images=message["images"]))
             case "answer" | "error":
                 asked = self._asked.pop(message["id"], None)

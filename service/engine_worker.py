@@ -20,6 +20,7 @@ from mithridate.defenses import Budget, Defence
 from mithridate.errors import BudgetExceededError, MithridateError
 from service import garbage, logs
 from service.batching import Answer, BatchSize, EngineStoppedError, Waiting
+from service.device_memory import device_memory
 from service.engine import Engine
 from service.lab_defence import read_lab
 from service.loading import Loaded
@@ -144,7 +145,9 @@ class _Worker:
         self._send({"type": "begun", "ids": [request.number for request in batch]})
 
     def _ran(self, size: BatchSize) -> None:
-        self._send({"type": "batch", "requests": size.requests, "images": size.images})
+        self._send(
+            {"type": "batch", "requests": size.requests, "images": size.images, "device_memory": device_memory()}
+        )
 
     def _die(self, error: BaseException) -> None:
         self._send({"type": "dying", "said": f"{type(error).__name__}: {error}"})
@@ -166,6 +169,7 @@ class _Worker:
                 "costs": dict(loaded.costs),
                 "seconds": dict(loaded.seconds),
                 "default": loaded.default,
+                "device_memory": device_memory(),
             }
         )
 

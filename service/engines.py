@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from mithridate.errors import BundleError
 from service.batching import Answer, BatchSize, EngineStoppedError
+from service.device_memory import DeviceMemory, together
 from service.engine import Engine
 from service.engine_process import ProcessEngine
 from service.loading import Loaded, Named
@@ -33,6 +34,11 @@ class AnyEngine(Protocol):
     @property
     def waiting(self) -> int:
         """How many requests it has not begun."""
+        ...
+
+    @property
+    def device_memory(self) -> Sequence[DeviceMemory]:
+        """What it holds of each GPU, as of its latest batch where it is another process."""
         ...
 
     async def load(self) -> Loaded[Any]:
@@ -95,6 +101,11 @@ class Processes:
     def waiting(self) -> int:
         """How many requests none of them has begun."""
         return sum(engine.waiting for engine in self._engines)
+
+    @property
+    def device_memory(self) -> Sequence[DeviceMemory]:
+        """Of all of them."""
+        return together(engine.device_memory for engine in self._engines)
 
     async def load(self) -> Loaded[Named]:
         """Starts all of them; raises the first error of any."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ from starlette.requests import Request
 from mithridate.bundle import Bundle
 from service.batching import Answer
 from service.collectors import Inventory
+from service.device_memory import DeviceMemory
 from service.loading import Loaded
 from service.metrics import LAB, UNKNOWN, Metrics
 from service.problems import Problem
@@ -23,10 +24,16 @@ from service.tracing import make_tracing
 class Watching:
     """One a service. Raises OptionError where the settings ask for what is not installed."""
 
-    def __init__(self, settings: Settings, *, loaded: Callable[[], Loaded[Any] | None]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        loaded: Callable[[], Loaded[Any] | None],
+        device_memory: Callable[[], Sequence[DeviceMemory]],
+    ) -> None:
         self.tracing = make_tracing(settings)
         self.metrics = Metrics()
-        self.metrics.registry.register(Inventory(loaded))
+        self.metrics.registry.register(Inventory(loaded, device_memory))
         self._loaded = loaded
         self.telemetry = QueryTelemetry(settings, self.metrics) if settings.query_telemetry else None
 

@@ -18,6 +18,7 @@ from service_helpers import ServerProcess, Serving, crowd, post, post_json, pred
 from starlette.testclient import TestClient
 from test_service_describe import read_metrics
 
+from service import engine_process
 from service.collectors import QueueWait, watch_lag
 from service.logs import JsonFormatter
 from service.record import REQUEST_ID
@@ -134,6 +135,19 @@ def test_what_runs_and_what_it_holds(client: TestClient) -> None:
     assert metrics["resident_memory_bytes", "server"] > 50e6
     assert "process_resident_memory_bytes" in text
     assert (metrics.get(("device_memory_bytes", "cuda:0", "allocated")) is None) or torch.cuda.is_available()
+
+
+def test_what_engines_in_other_processes_hold_of_a_gpu(
+    serving: Serving, clean: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server's own process never uses one."""
+    told = "service.engine_worker.device_memory = lambda: [('cuda:0', 'allocated', next(held))]"
+    fake = f"import itertools, service.engine_worker; held = itertools.count(100, 10); {told}; main(int"
+    monkeypatch.setattr(engine_process, "_MAIN", engine_process._MAIN.replace("main(int", fake))
+    with serving(isolation="process", devices="cpu,cpu", threads=1) as client:
+        assert read_metrics(client)["device_memory_bytes", "cuda:0", "allocated"] == 200
+        assert predictions(post(client, clean[0]))
+        assert read_metrics(client)["device_memory_bytes", "cuda:0", "allocated"] == 210
 
 
 def test_a_blocked_loop_is_seen() -> None:
