@@ -10,8 +10,8 @@ WORKDIR /requirements
 COPY pyproject.toml ./
 RUN python -c "import tomllib; from pathlib import Path; \
 project = tomllib.loads(Path('pyproject.toml').read_text())['project']; \
-needs = lambda extra: project['dependencies'] + project['optional-dependencies'][extra]; \
-[Path(extra + '.txt').write_text('\n'.join(needs(extra))) for extra in ('cpu', 'gpu')]"
+needs = lambda *extras: sum((project['optional-dependencies'][one] for one in extras), project['dependencies']); \
+[Path(extra + '.txt').write_text('\n'.join(needs(extra, 'otel'))) for extra in ('cpu', 'gpu')]"
 
 # --- Shared by the stages that install. pip's own variables choose index and certificates; they reach no final image.
 FROM ${BASE} AS installer

@@ -37,6 +37,7 @@ def _summary(found: Evaluation) -> dict[str, Any]:
             "epsilon": found.epsilon,
             "suite": found.suite,
             "seed": found.seed,
+            "effort": found.effort or None,
             "minutes": round(found.seconds / 60, 1),
             "notes": found.notes,
             "defences": [_row(one) for one in found.defences],

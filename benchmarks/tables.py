@@ -271,6 +271,7 @@ _Kind = tuple[Callable[[dict[str, Any]], bool], Callable[[dict[str, Any]], Itera
 _KINDS: tuple[_Kind, ...] = (
     (lambda content: "evaluation" in content, tables_evaluation.evaluation),
     (lambda content: "adaptive_cost" in content, tables_evaluation.adaptive_cost),
+    (lambda content: "harder" in content, tables_evaluation.harder),
     (lambda content: "flags" in _rows(content)[0], tables_evaluation.planted),
     (lambda content: "clean" in content, tables_random.sap),
     (lambda content: "sampling" in content, tables_random.sap_cost),

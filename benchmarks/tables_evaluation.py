@@ -40,6 +40,25 @@ def adaptive_cost(content: dict[str, Any]) -> Iterator[str]:
     )
 
 
+def harder(content: dict[str, Any]) -> Iterator[str]:
+    """What stood in an evaluation, attacked again with more."""
+    found, effort = content["harder"], content["effort"]
+    yield (
+        f"\n`{content['defense']}`: of the {content['stood']} images of {content['images']} that stood, attacked again "
+        f"with {effort['rounds']} rounds of {effort['steps']} steps and {effort['queries']} queries, {found['worst']} "
+        f"still do; the base, not attacked again, stood on {found['base']}"
+    )
+    yield from table(
+        ["attack", "fell", "left", "minutes"],
+        [[row["attack"], str(row["fell"]), str(row["left"]), f"{row['minutes']:.0f}"] for row in content["attacks"]],
+    )
+    low, high = (100 * end for end in found["interval"])
+    yield (
+        f"\nPaired: {100 * found['difference']:+.1f} points ({low:+.1f} to {high:+.1f}), McNemar p = {found['p']:.2g}; "
+        "a bound from below, since only one of the two was attacked again."
+    )
+
+
 def planted(content: dict[str, Any]) -> Iterator[str]:
     """Defences that are broken on purpose: how many images stand, and which gates failed."""
     rows = content["rows"]

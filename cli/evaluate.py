@@ -15,6 +15,8 @@ from cli import options as shared
 from cli.output import note, percent, print_json, print_table, progress
 
 if TYPE_CHECKING:
+    from mithridate.bundle import Bundle
+    from mithridate.evaluation.card import Card
     from mithridate.evaluation.findings import DefenceFindings, Evaluation
 
 _WORK = "work"
@@ -43,7 +45,13 @@ def evaluate(
         typer.Option(help="What an attack on one defence may take; slower ones are made smaller, as is said"),
     ] = 20.0,
     load: Annotated[Path | None, typer.Option(help="summary.json of mithridate load, for the report")] = None,
-    card: Annotated[bool, typer.Option("--card/--no-card", help="Write the verdict into the bundle")] = True,
+    card: Annotated[
+        bool | None,
+        typer.Option(
+            "--card/--no-card",
+            help="Write the verdict into the bundle; unless given, where no stronger run's card is there",
+        ),
+    ] = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="Exit with 1 where a defence is harmful, not trustworthy or contaminated")
     ] = False,
@@ -61,12 +69,14 @@ def evaluate(
     from mithridate.bundle import Bundle
     from mithridate.defenses import Resources, parse_defence
     from mithridate.errors import OptionError
-    from mithridate.evaluation.card import make_card, write_card
+    from mithridate.evaluation.card import make_card
     from mithridate.evaluation.effort import Effort
     from mithridate.evaluation.evaluate import EvaluationPlan
     from mithridate.evaluation.evaluate import evaluate as run
     from mithridate.evaluation.report import write_report
 
+    if out.resolve().is_relative_to(bundle.resolve()):
+        raise OptionError(f"{out} lies in the bundle, which a file more would spoil; choose a place outside {bundle}")
     if out.exists() and not resume:
         raise OptionError(f"{out} exists already; choose another name, or go on with --resume")
     effort = Effort(
@@ -103,8 +113,8 @@ def evaluate(
         found = run(plan, out / _WORK, progress=report)
     found = dataclasses.replace(found, service=service)
     write_report(found, out)
-    if card:
-        write_card(opened.path, make_card(found))
+    if card is not False:
+        _write_card(opened, make_card(found), replace=card is True)
     if as_json:
         print_json(json.loads((out / "evaluation.json").read_text()))
     else:
@@ -113,6 +123,26 @@ def evaluate(
     contaminated = any(extra.failed for extra in found.extras)
     if strict and (contaminated or any(one.ruling in ("harmful", "not trustworthy") for one in found.defences)):
         raise typer.Exit(1)
+
+
+def _write_card(bundle: Bundle, card: Card, *, replace: bool) -> None:
+    """A glance with few images must not take the place of what was measured with many."""
+    from mithridate.errors import BundleError
+    from mithridate.evaluation.card import merge, read_card, weaker, write_card
+
+    try:
+        before = read_card(bundle.path, bundle.digest)
+    except BundleError:
+        before = None
+    less = () if before is None or replace else weaker(card, before)
+    if less:
+        note(f"the bundle keeps its card: this run was weaker ({'; '.join(less)}); --card replaces it")
+        return
+    fresh = card if before is None else merge(card, before)
+    write_card(bundle.path, fresh)
+    gone = [entry.name for entry in before.defenses if fresh.defense(entry.name) is None] if before else []
+    if gone:
+        note(f"no longer on the bundle's card: {', '.join(gone)}")
 
 
 def _read_load(path: Path, digest: str) -> dict[str, Any]:

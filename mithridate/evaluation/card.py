@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -18,6 +19,8 @@ from mithridate.evaluation.wording import applied_gates, failed_gates, ruling_in
 
 CARD = "card.json"
 """Not listed in the manifest: it comes after the bundle, and names the bundle's digest."""
+
+_SUITES = {"standard": 1, "adaptive": 2, "full": 3}
 
 _NOTABLE_LOSS = 0.01
 """A default that is further below its base is warned of, whatever its interval."""
@@ -92,6 +95,10 @@ class Card(_Frozen):
     images: Annotated[int, Field(ge=0)]
     epsilon: str
     suite: str
+    effort: dict[str, float] | None = Field(
+        default=None,
+        description="rounds, steps, queries and so on that were asked for; null where the card does not say",
+    )
     seed: int
     defenses: tuple[CardDefense, ...]
 
@@ -113,9 +120,37 @@ def make_card(evaluation: Evaluation) -> Card:
         images=evaluation.images,
         epsilon=evaluation.epsilon,
         suite=evaluation.suite,
+        effort=evaluation.effort or None,
         seed=evaluation.seed,
         defenses=tuple(_entry(found) for found in evaluation.defences),
     )
+
+
+def weaker(new: Card, old: Card) -> tuple[str, ...]:
+    """By what ``new`` was measured with less than ``old``, in words; empty where by nothing."""
+    found = []
+    if _SUITES.get(new.suite, 0) < _SUITES.get(old.suite, 0):
+        found.append(f"{new.suite} attacks, not {old.suite}")
+    if new.images < old.images:
+        found.append(f"{new.images} images, not {old.images}")
+    if Fraction(new.epsilon) < Fraction(old.epsilon):
+        found.append(f"epsilon {new.epsilon}, not {old.epsilon}")
+    before, now = old.effort or {}, new.effort or {}
+    found += [
+        f"{name.replace('_', ' ')} {now[name]:g}, not {value:g}"
+        for name, value in before.items()
+        if now.get(name, value) < value
+    ]
+    return tuple(found)
+
+
+def merge(new: Card, old: Card) -> Card:
+    """``new``, with the defences that only ``old`` has where the same was measured in the same way."""
+    same = ("bundle", "mithridate", "dataset", "images", "epsilon", "suite", "effort", "seed")
+    if any(getattr(new, name) != getattr(old, name) for name in same):
+        return new
+    kept = tuple(entry for entry in old.defenses if new.defense(entry.name) is None)
+    return new.model_copy(update={"defenses": (*new.defenses, *kept)})
 
 
 def _entry(found: DefenceFindings) -> CardDefense:

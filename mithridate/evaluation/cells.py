@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
+import weakref
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
@@ -18,8 +20,21 @@ import torch
 from mithridate.errors import InputError, OptionError
 from mithridate.evaluation.battery import Sent
 
-_PLAN = "plan.json"
+_PLAN, _LOCK = "plan.json", "lock"
 _TENSORS = ("pixels", "stood", "broken_at", "spent")
+
+
+class Lock:
+    """Keeps others from a folder until it is released, or the process ends. Raises OptionError where one is at it."""
+
+    def __init__(self, path: Path) -> None:
+        descriptor = os.open(path / _LOCK, os.O_CREAT | os.O_RDWR, 0o644)
+        self.release = weakref.finalize(self, os.close, descriptor)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self.release()
+            raise OptionError(f"another evaluation is at {path}; let it end, or choose another --out") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,11 +43,16 @@ class CellStore:
     is there is whole."""
 
     path: Path
+    lock: Lock
+
+    def close(self) -> None:
+        """Leaves the folder to others."""
+        self.lock.release()
 
     @classmethod
     def open(cls, path: Path, plan: Mapping[str, Any]) -> CellStore:
         """Goes on with what lies there. Raises OptionError where that was made by another ``plan``, or by nobody knows
-        which."""
+        which, or where another process is at it."""
         path.mkdir(parents=True, exist_ok=True)
         file, text = path / _PLAN, json.dumps(plan, indent=1, sort_keys=True)
         asked = json.loads(text)
@@ -44,8 +64,9 @@ class CellStore:
             raise OptionError(
                 f"{path} holds the results of another evaluation ({', '.join(changed)} differ); choose another --out"
             )
+        store = cls(path=path, lock=Lock(path))
         _write(file, text.encode())
-        return cls(path=path)
+        return store
 
     def remember(self, name: str, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
         """What was measured when this was first asked for: the effort of all that lies here was fitted to it."""

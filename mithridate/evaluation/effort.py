@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from dataclasses import dataclass, replace
 
@@ -15,6 +16,9 @@ from mithridate.types import Pixels, to_images
 
 _TIMED = 16
 """Images that an answer and a gradient are timed on."""
+
+_TURNS = 11
+"""For a latency factor."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,13 +47,35 @@ class Effort:
         for name, (low, high) in limits.items():
             if not low <= getattr(self, name) <= high:
                 raise OptionError(f"{name} {getattr(self, name)} is out of range; allowed: {low} to {high}")
-        if not self.seconds > 0:
-            raise OptionError(f"seconds {self.seconds:g} is out of range; allowed: above 0")
+        if not 0 < self.seconds < math.inf:
+            raise OptionError(f"minutes {self.seconds / 60:g} is out of range; allowed: above 0, and finite")
+
+    def in_numbers(self) -> dict[str, float]:
+        """What a verdict rests on, as its card says it."""
+        counts = {"rounds": self.rounds, "steps": self.steps, "queries": self.queries, "repeats": self.repeats}
+        return {**counts, "gate_images": self.probed, "minutes": round(self.seconds / 60, 3)}
 
     def exceeds(self, other: Effort) -> bool:
         """Whether ``other`` attacks less hard."""
         rounds = min(other.rounds, other.least_rounds or other.rounds)
         return rounds < self.rounds or other.steps < self.steps or other.queries < self.queries
+
+
+LEAST = Effort(rounds=4, steps=20, queries=200, probed=30)
+"""No gain is declared on less. It does not make a gain sure: that is for the gates, and for whoever attacks harder."""
+
+
+def too_weak(effort: Effort, suite: str) -> tuple[str, ...]:
+    """Why attacks of ``effort`` are no ground for a gain; empty where they are."""
+    found = [] if suite != "standard" else ["the standard suite has no attack that knows the defence"]
+    taken, least = effort.rounds * effort.steps, LEAST.rounds * LEAST.steps
+    if taken < least or effort.steps < LEAST.steps:
+        found.append(f"{effort.rounds} rounds of {effort.steps} steps, at least {LEAST.rounds} of {LEAST.steps}")
+    if effort.queries < LEAST.queries:
+        found.append(f"{effort.queries} queries an image, at least {LEAST.queries}")
+    if effort.probed < LEAST.probed:
+        found.append(f"gates probed on {effort.probed} images, at least {LEAST.probed}")
+    return tuple(found)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,3 +131,19 @@ def pace_of(defence: Defence, pixels: Pixels, *, seed: int) -> Pace:
         shown(defence, point, generator=generator).logsumexp(1).sum().backward()
         step = time.perf_counter() - started
     return Pace(answer=answer / len(few), step=step / len(few))
+
+
+def latency_factor(defence: Defence, base: Defence, pixels: Pixels, *, seed: int) -> float:
+    """Time of an answer over the base model's: medians of both asked in turn, for the first of ``pixels`` (repeated
+    where they are few), so that whatever else the machine does meets both."""
+    if defence is base:
+        return 1.0
+    few = to_images(pixels[torch.arange(_TIMED) % len(pixels)])
+    generator, seconds = torch.Generator().manual_seed(seed), (list[float](), list[float]())
+    for turn in range(_TURNS + 1):
+        for asked, taken in zip((defence, base), seconds, strict=True):
+            started = time.perf_counter()
+            asked.predict(few, generator=generator, budget=Budget())
+            if turn:  # the first warms up
+                taken.append(time.perf_counter() - started)
+    return statistics.median(seconds[0]) / statistics.median(seconds[1])

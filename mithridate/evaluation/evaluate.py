@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,11 +24,11 @@ from mithridate.defenses import Defence, Resources, build_defence, describe_defe
 from mithridate.errors import OptionError
 from mithridate.evaluation.battery import Sent, Suite, Target, base_attacks, columns, names, transferred
 from mithridate.evaluation.cells import CellStore
-from mithridate.evaluation.effort import Effort, Pace, pace_of
+from mithridate.evaluation.effort import Effort, Pace, latency_factor, pace_of, too_weak
 from mithridate.evaluation.environment import environment
-from mithridate.evaluation.extras import Ground, run_extras
+from mithridate.evaluation.extras import Ground, contamination, run_extras
 from mithridate.evaluation.findings import Cell, DefenceFindings, Evaluation, Extra, Gate, Repeated
-from mithridate.evaluation.front import Front, epsilon_curve, query_curve, round_curve
+from mithridate.evaluation.front import Front, epsilon_curve, query_curve, round_curve, step_curve
 from mithridate.evaluation.probes import ProbeSettings
 from mithridate.evaluation.repeated import Scored, is_random, score
 from mithridate.evaluation.strips import draw_strips
@@ -85,17 +87,22 @@ def evaluate(plan: EvaluationPlan, work: Path, *, progress: Progress = lambda wh
     # All of them before the first is attacked: one that the bundle cannot serve would else come to light hours later.
     built = [build_defence(text, plan.resources) for text in (_BASE, *(plan.defenses or names(plan.resources)))]
     defences = list({defence.name: defence for defence in built}.values())
-    run = _Run(plan=plan, store=CellStore.open(work, plan.describe()), progress=progress)
-    fronts = []
-    for number, defence in enumerate(defences):
-        progress("defences", number, len(defences))
-        fronts.append(run.attack(defence))
-    progress("defences", len(defences), len(defences))
-    found = run.judge(fronts)
-    extras = run.extras(fronts) if plan.suite == "full" else ()
-    curves = [query_curve(fronts), round_curve(fronts)]
-    if plan.effort.curve:
-        curves.insert(0, epsilon_curve(fronts, plan.effort.curve, progress))
+    with closing(CellStore.open(work, plan.describe())) as store:
+        run = _Run(plan=plan, store=store, progress=progress)
+        fronts = []
+        for number, defence in enumerate(defences):
+            progress("defences", number, len(defences))
+            fronts.append(run.attack(defence))
+        progress("defences", len(defences), len(defences))
+        found = run.judge(fronts)
+        extras = run.extras(fronts)
+        curves = [query_curve(fronts, run.clean), round_curve(fronts)]
+        if plan.effort.curve:
+            curves = [
+                epsilon_curve(fronts, plan.effort.curve, progress),
+                step_curve(fronts, plan.effort.curve, progress),
+                *curves,
+            ]
     bundle, manifest = plan.bundle, plan.bundle.manifest
     return Evaluation(
         command=plan.command,
@@ -115,6 +122,7 @@ def evaluate(plan: EvaluationPlan, work: Path, *, progress: Progress = lambda wh
         epsilon=str(plan.epsilon),
         seed=plan.seed,
         suite=plan.suite,
+        effort=plan.effort.in_numbers(),
         defences=tuple(found),
         curves=tuple(curve for curve in curves if curve is not None),
         strips=draw_strips(fronts, found, plan.data.classes),
@@ -130,6 +138,7 @@ class _Run:
     progress: Progress
     on_base: list[Sent] = field(default_factory=list)
     worst: dict[str, Pixels] = field(default_factory=dict)
+    clean: dict[str, Scored] = field(default_factory=dict)
 
     def attack(self, defence: Defence) -> Front:
         """All of the suite's, each as hard as the pace of ``defence`` allows."""
@@ -181,15 +190,20 @@ class _Run:
         return found
 
     def extras(self, fronts: Sequence[Front]) -> tuple[Extra, ...]:
-        """What is asked beside the matrix, of defences that were judged."""
+        """What is asked beside the matrix, of defences that were judged; whether one client's images reach another's
+        answers always, but where nothing knows the defence."""
+        if self.plan.suite == "standard":
+            return ()
         grounds = [Ground(front=front, worst=self.worst[front.name]) for front in fronts]
+        if self.plan.suite == "adaptive":
+            return (contamination(grounds, self.store, self.progress, slow=False),)
         return run_extras(grounds, self.plan.bundle, self.store, progress=self.progress)
 
     def _judge(
         self, front: Front, others: Sequence[Sent], base: DefenceFindings | None, base_front: Front
     ) -> DefenceFindings:
         target, plan = front.target, self.plan
-        clean = self._score(target, target.pixels)
+        clean = self.clean[front.name] = self._score(target, target.pixels)
         scores = [self._score(target, sent.pixels) for sent in front.sent]
         worst, worst_repeated = self._worst(front, clean, scores, others)
         random = target.random
@@ -203,6 +217,7 @@ class _Run:
                 steps=sent.steps,
                 queries=None if sent.spent is None else float(sent.spent.double().median()),
                 repeated=scored.repeated if random else None,
+                **_each(sent, target.pixels),
             )
             for sent, scored in zip(front.sent, scores, strict=True)
         ]
@@ -216,7 +231,10 @@ class _Run:
             gates=gates,
             seed=plan.seed,
             base_gates=() if base is None else base.gates,
-            reduced=front.notes if plan.effort.exceeds(target.effort) else (),
+            weak=(
+                *too_weak(target.effort, plan.suite),
+                *(front.notes if plan.effort.exceeds(target.effort) else ()),
+            ),
         )
         return DefenceFindings(
             name=front.name,
@@ -225,7 +243,7 @@ class _Run:
             clean=clean.right,
             cells=tuple(cells),
             worst=worst,
-            latency_factor=front.pace.answer / base_front.pace.answer,
+            latency_factor=latency_factor(target.defence, base_front.target.defence, target.pixels, seed=plan.seed),
             gates=gates,
             clean_cost=verdict.clean_cost,
             gain=verdict.gain,
@@ -300,6 +318,19 @@ class _Run:
             random=target.random,
             progress=lambda what, done, total: self.progress(f"{what} of {front.name}", done, total),
         )
+
+
+def _each(sent: Sent, clean: Pixels) -> dict[str, Any]:
+    """What the report says of each image."""
+    change = (sent.pixels.int() - clean.int()).flatten(1)
+    distance = change.double().div(255).square().sum(1).sqrt()
+    found: dict[str, Any] = {
+        "linf": tuple(change.abs().amax(1).tolist()),
+        "l2": tuple(round(value, 4) for value in distance.tolist()),
+    }
+    if sent.spent is not None and sent.broken_at is not None:
+        found |= {"asked": tuple(sent.spent.tolist()), "broken_at": tuple(sent.broken_at.tolist())}
+    return found
 
 
 def _take(worst: Pixels, most: torch.Tensor, rows: torch.Tensor, pixels: Pixels, wrong: torch.Tensor) -> None:

@@ -53,6 +53,8 @@ class Repeated:
 class Cell:
     """One defence under one attack. ``config``: the attack with all its settings. ``queries``: median an image, where
     it asks. ``steps``: gradient steps an image, where it takes any. ``right`` lists for each image whether it stood.
+    Of each image, too: ``linf``, how many levels of 255 what was sent is away, and ``l2`` in units of [0, 1]; where the
+    attack asks, how often it ``asked`` and the query that it saw misread first, ``broken_at`` (0: none).
     """
 
     attack: str
@@ -63,6 +65,10 @@ class Cell:
     steps: int | None = None
     queries: float | None = None
     repeated: Repeated | None = None
+    linf: tuple[int, ...] = ()
+    l2: tuple[float, ...] = ()
+    asked: tuple[int, ...] = ()
+    broken_at: tuple[int, ...] = ()
 
     @property
     def accuracy(self) -> Share:
@@ -224,6 +230,8 @@ class Evaluation:
     extras: tuple[Extra, ...] = ()
     notes: tuple[str, ...] = ()
     """What was left out or made smaller, in words."""
+    effort: dict[str, float] = field(default_factory=dict)
+    """How hard was attacked: ``rounds``, ``steps``, ``queries``, ``repeats``, ``gate_images``, ``minutes``."""
     service: dict[str, Any] | None = field(default=None)
     """A load test's summary, where one was given."""
 

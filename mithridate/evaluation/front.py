@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,11 +13,12 @@ from mithridate.evaluation.battery import Sent, Target
 from mithridate.evaluation.effort import Pace
 from mithridate.evaluation.findings import Curve, Point, Share
 from mithridate.evaluation.query_curves import standing_after
-from mithridate.evaluation.repeated import score
+from mithridate.evaluation.repeated import Scored, score
 from mithridate.types import Epsilon, Pixels
 
 _LADDER = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)
 _CURVE_STEPS = 20
+_MOST_STEPS, _LOOKED_EVERY = 100, 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +72,33 @@ def epsilon_curve(fronts: Sequence[Front], images: int, progress: Callable[[str,
     )
 
 
-def query_curve(fronts: Sequence[Front]) -> Curve | None:
-    """Accuracy against the queries of the black-box attacks, as they saw it; None where none was run."""
+def step_curve(fronts: Sequence[Front], images: int, progress: Callable[[str, int, int], None]) -> Curve:
+    """Images, of the first ``images``, that still stand after each few steps of one gradient attack through each
+    defence's own surrogate, from a random start; the defence itself is asked, in the simulation."""
+    series: dict[str, tuple[Point, ...]] = {}
+    for number, front in enumerate(fronts):
+        progress("curve of steps", number, len(fronts))
+        target = front.target
+        attack = ThroughSurrogate(
+            epsilon=target.epsilon, steps=_MOST_STEPS, every=_LOOKED_EVERY, step_size=target.step_size(_MOST_STEPS)
+        )
+        generator = torch.Generator().manual_seed(target.seed)
+        simulation = Simulation(defence=target.defence, checks=target.simulation.checks)
+        stood = attack.run(simulation, target.pixels[:images], target.labels[:images], generator=generator).stood
+        series[front.name] = tuple(
+            Point.of(_LOOKED_EVERY * look, Share(right=int(standing.sum()), n=len(standing)))
+            for look, standing in enumerate(stood)
+        )
+    progress("curve of steps", len(fronts), len(fronts))
+    curve = _curve("steps", "Accuracy against the steps of one attack through each surrogate", "steps", series)
+    assert curve is not None
+    return curve
+
+
+def query_curve(fronts: Sequence[Front], clean: Mapping[str, Scored]) -> Curve | None:
+    """Accuracy against the queries of the black-box attacks, as they saw it; None where none was run. Of a random
+    defence that is its first unlucky answer, so there is the null control beside it: of the ``clean`` images asked for
+    as often, how many are never misread."""
     series: dict[str, tuple[Point, ...]] = {}
     for front in fronts:
         for sent in front.sent:
@@ -82,6 +108,10 @@ def query_curve(fronts: Sequence[Front]) -> Curve | None:
             steps = sorted({*(step for step in _LADDER if step < most), most})
             points = (Point.of(step, standing_after(sent.broken_at, step)) for step in steps)
             series[_line(front.name, sent.attack, fronts)] = tuple(points)
+            if front.target.random:
+                series[f"{front.name}, clean asked as often"] = tuple(
+                    Point.of(step, _never_misread(clean[front.name], step)) for step in steps
+                )
     return _curve("queries", "Accuracy against queries", "queries an image", series, log_x=True)
 
 
@@ -97,6 +127,11 @@ def round_curve(fronts: Sequence[Front]) -> Curve | None:
         if sent.attack == "gmsa-min" and sent.stood is not None and front.target.simulation.holds
     }
     return _curve("rounds", "Accuracy against the rounds of GMSA-MIN", "rounds", series)
+
+
+def _never_misread(clean: Scored, times: int) -> Share:
+    n = len(clean.wrong)
+    return Share(right=round(n * clean.unbroken_after(times)), n=n)
 
 
 def _line(defense: str, attack: str, fronts: Sequence[Front]) -> str:

@@ -41,14 +41,15 @@ def rule(
     seed: int,
     base_gates: Sequence[Gate] = (),
     is_base: bool | None = None,
-    reduced: Sequence[str] = (),
+    weak: Sequence[str] = (),
 ) -> Verdict:
     """The ruling on one defence, from per-image lists over the same images.
 
     ``gain`` only where the paired interval over the base lies above zero, McNemar's exact p agrees and no gate of the
     defence failed; ``harmful`` where the interval lies below zero, gates or not; ``not trustworthy`` where a gate
-    failed; else ``no evidence of gain``. ``is_base``: unless given, the defence called ``none`` is. ``reduced``: by
-    what it was attacked less hard than was asked for. What is slow has gained nothing by it: then there is no ``gain``.
+    failed; else ``no evidence of gain``. ``is_base``: unless given, the defence called ``none`` is. ``weak``: why it
+    was not attacked hard enough for a ``gain``: by too little (``effort.too_weak``), or, being slow, by less than was
+    asked for.
     """
     failed = _failed(gates)
     if name == "none" if is_base is None else is_base:
@@ -61,7 +62,7 @@ def rule(
         ruling = "harmful"
     elif failed:
         ruling = "not trustworthy"
-    elif is_gain(gain) and not reduced:
+    elif is_gain(gain) and not weak:
         ruling = "gain"
     reasons = [
         f"Worst case: {_share(worst)}; its base {_share(base_worst)}.",
@@ -70,8 +71,8 @@ def rule(
         f"Clean: {_share(clean)}; its base {_share(base_clean)}; paired difference {describe(cost)}.",
         *failed,
     ]
-    if is_gain(gain) and reduced:
-        reasons.append(f"It was attacked less hard than was asked for ({'; '.join(reduced)}): that is no evidence.")
+    if is_gain(gain) and weak:
+        reasons.append(f"It was not attacked hard enough for a gain ({'; '.join(weak)}): that is no evidence.")
     if below:
         reasons.insert(3, f"In the worst case {BELOW_BASE} ({100 * gain.difference:+.1f} points, paired).")
     if _failed(base_gates):

@@ -116,6 +116,7 @@ def test_strict_says_by_its_exit_code_what_was_found(
         (("--rounds", 0), "rounds 0 is out of range"),
         (("--minutes", 0), "allowed: above 0"),
         (("--minutes", "nan"), "allowed: above 0"),
+        (("--minutes", "inf"), "minutes inf is out of range"),
         (("--gate-images", 1), "allowed: 5 to"),
         (("--epsilon", "0.03"), "as in 8/255"),
         (("--epsilon", "0/255"), "epsilon 0/255"),
@@ -157,3 +158,42 @@ def test_a_list_is_no_summary_and_another_data_set_does_not_fit(
         assert result.code == 2
         assert result.err.count("\n") == 1, result.err
         assert not (tmp_path / "out").exists()
+
+
+def test_a_report_does_not_spoil_the_bundle(mithridate: Callable, bundle: Path) -> None:
+    for out in (bundle, bundle / "report", bundle / ".." / bundle.name / "deep" / "report"):
+        refused = mithridate("evaluate", bundle, *ASKED, "--resume", "--out", out)
+        assert refused.code == 2
+        assert "lies in the bundle" in refused.err
+    assert mithridate("verify", bundle).code == 0
+
+
+def test_a_glance_does_not_replace_what_was_measured_with_more(
+    mithridate: Callable, bundle: Path, tmp_path: Path
+) -> None:
+    def evaluate(name: str, *options: object) -> str:
+        found = mithridate("evaluate", bundle, *ASKED, "--out", tmp_path / name, *options)
+        assert found.code == 0, found.err
+        return found.err
+
+    def card() -> dict[str, object]:
+        return json.loads((bundle / "card.json").read_text())
+
+    evaluate("first")
+    first = card()
+    assert first["effort"] == {
+        "rounds": 1, "steps": 10, "queries": 10, "repeats": 2, "gate_images": 5, "minutes": 20.0
+    }  # fmt: skip
+    said = evaluate("glance", "--dataset", "digits[test,:5]")
+    assert "keeps its card: this run was weaker (5 images, not 6)" in said
+    assert card() == first
+
+    evaluate("another", "--defense", "webnn")  # beside rmc, which ASKED names
+    assert [entry["name"] for entry in card()["defenses"]] == ["none", "rmc", "webnn"]
+    evaluate("again")
+    assert [entry["name"] for entry in card()["defenses"]] == ["none", "rmc", "webnn"], (
+        "what only the old one has stays"
+    )
+    assert "no longer on the bundle's card: webnn" in evaluate("forced", "--dataset", "digits[test,:5]", "--card")
+    assert [entry["name"] for entry in card()["defenses"]] == ["none", "rmc"]
+    assert card()["images"] == 5

@@ -15,7 +15,7 @@ from mithridate.datasets import LabelledImages
 from mithridate.defenses import Resources, build_defence
 from mithridate.defenses.rmc import RMC
 from mithridate.evaluation.battery import Target, base_attacks, columns
-from mithridate.evaluation.effort import Effort
+from mithridate.evaluation.effort import LEAST, Effort, too_weak
 from mithridate.evaluation.planted import planted
 from mithridate.evaluation.verdict import rule
 from mithridate.types import Epsilon, Images, Labels, Logits, Pixels
@@ -58,11 +58,23 @@ def test_what_is_slow_has_not_gained_anything_by_it() -> None:
     better = {"clean": [True] * 100, "worst": [True] * 80 + [False] * 20}
     base = {"base_clean": [True] * 100, "base_worst": [True] * 50 + [False] * 50}
     assert rule("rmc", **better, **base, gates=(), seed=0).ruling == "gain"
-    held_back = rule("rmc", **better, **base, gates=(), seed=0, reduced=["2 rounds of 10 steps instead of 10 of 40"])
+    held_back = rule("rmc", **better, **base, gates=(), seed=0, weak=["2 rounds of 10 steps instead of 10 of 40"])
     assert held_back.ruling == "no evidence of gain"
     assert any("2 rounds of 10" in reason for reason in held_back.reasons)
     assert Effort().exceeds(Effort(rounds=2))
     assert not Effort().exceeds(Effort(probed=10))
+
+
+def test_no_gain_is_declared_on_little() -> None:
+    assert too_weak(Effort(), "adaptive") == too_weak(LEAST, "full") == ()
+    assert len(too_weak(Effort(), "standard")) == 1, "no attack of that suite knows the defence"
+    for less in (Effort(rounds=1), Effort(steps=10), Effort(queries=199), Effort(probed=29)):
+        assert len(too_weak(less, "adaptive")) == 1
+    better = {"clean": [True] * 100, "worst": [True] * 80 + [False] * 20}
+    base = {"base_clean": [True] * 100, "base_worst": [True] * 50 + [False] * 50}
+    verdict = rule("rmc", **better, **base, gates=(), seed=0, weak=too_weak(Effort(), "standard"))
+    assert verdict.ruling == "no evidence of gain"
+    assert any("no attack that knows the defence" in reason for reason in verdict.reasons)
 
 
 def test_a_random_defence_is_not_left_alone_after_a_few_unlucky_draws(

@@ -9,13 +9,14 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from evaluation_helpers import GATES, synthetic, ugly
 
 from mithridate.bundle import Bundle
 from mithridate.errors import BundleError
-from mithridate.evaluation.card import CARD, Card, make_card, read_card, summary, warning, write_card
+from mithridate.evaluation.card import CARD, Card, make_card, merge, read_card, summary, warning, weaker, write_card
 from mithridate.evaluation.findings import DefenceFindings, Gate, Paired
 
 DIGEST = synthetic().bundle["digest"]
@@ -143,3 +144,34 @@ def test_latency_is_that_of_the_run() -> None:
     entries = {entry.name: entry.latency_factor for entry in make_card(synthetic()).defenses}
     assert entries["none"] == 1
     assert math.isclose(entries["rmc"] or 0, 2.34)
+
+
+def card_of(**changes: Any) -> Card:
+    effort = {"rounds": 10.0, "steps": 40.0, "queries": 1000.0}
+    return make_card(synthetic()).model_copy(update={"suite": "adaptive", "effort": effort} | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({}, []),
+        ({"suite": "full", "images": 1000, "epsilon": "16/255"}, []),
+        ({"suite": "standard"}, ["standard attacks, not adaptive"]),
+        ({"images": 3, "epsilon": "4/255"}, ["3 images, not 200", "epsilon 4/255, not 8/255"]),
+        ({"effort": {"rounds": 20.0, "steps": 39.0, "queries": 10.0}}, ["steps 39, not 40", "queries 10, not 1000"]),
+        ({"effort": None}, []),
+    ],
+)
+def test_by_what_a_card_was_measured_with_less(changes: dict[str, Any], says: list[str]) -> None:
+    assert list(weaker(card_of(**changes), card_of())) == says
+    assert weaker(card_of(), card_of(effort=None)) == ()
+
+
+def test_defences_of_the_card_before_stay_where_the_same_was_measured() -> None:
+    old, only = card_of(), make_card(synthetic()).defenses[:2]
+    new = card_of(defenses=only, created="later")
+    both = merge(new, old)
+    assert both.created == "later"
+    assert both.defenses[:2] == only
+    assert {entry.name for entry in both.defenses} == {entry.name for entry in old.defenses}
+    assert merge(card_of(defenses=only, seed=5), old).defenses == only

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
 
 from mithridate.bundle import Bundle
 from mithridate.datasets import LabelledImages
-from mithridate.defenses import Resources
+from mithridate.defenses import Defence, Resources, build_defence
 from mithridate.errors import InputError, OptionError
 from mithridate.evaluation.battery import Sent
 from mithridate.evaluation.cells import CellStore
-from mithridate.evaluation.effort import Effort, Pace
+from mithridate.evaluation.effort import Effort, Pace, latency_factor
 from mithridate.evaluation.evaluate import EvaluationPlan, evaluate
 from mithridate.evaluation.findings import Evaluation
+from mithridate.evaluation.report.files import samples
 from mithridate.types import Epsilon
 
 IMAGES = 6
@@ -124,6 +128,67 @@ def test_a_random_defence_is_asked_again_and_again(whole: Evaluation) -> None:
     assert base.worst_repeated is rmc.worst_repeated is None
 
 
+def test_what_a_curve_is_of(plan: EvaluationPlan, whole: Evaluation, tmp_path: Path) -> None:
+    curved = replace(plan, suite="standard", defenses=("rmc",), effort=replace(TINY, curve=2))
+    steps = next(curve for curve in evaluate(curved, tmp_path).curves if curve.kind == "steps")
+    assert set(steps.series) == {"none", "rmc"}
+    for points in steps.series.values():
+        assert [point.x for point in points] == list(range(0, 101, 5))
+        assert all(later.y <= earlier.y for earlier, later in itertools.pairwise(points))
+        assert points[0].y == 1 > points[-1].y
+    curves = {curve.kind: curve for curve in whole.curves}
+    assert set(curves) == {"queries", "rounds"}
+    control = curves["queries"].series[f"{whole.defences[2].name}, clean asked as often"]
+    assert [point.x for point in control] == [point.x for point in curves["queries"].series[whole.defences[2].name]]
+    assert len(curves["queries"].series) == len(whole.defences) + 1, "what is not random needs no control"
+
+
+def test_what_is_told_of_each_image(whole: Evaluation) -> None:
+    lines = [line for line in samples(whole) if line["kind"] not in ("clean", "worst case")]
+    assert all(0 <= line["linf"] <= 16 for line in lines)
+    assert all(0 < line["l2"] <= line["linf"] / 255 * 8 + 1e-4 for line in lines if line["linf"])
+    asked = [line for line in lines if line["kind"] == "black-box"]
+    assert asked
+    for line in asked:
+        assert 0 <= line["broken_at"] <= line["queries"] <= TINY.queries
+    assert not any("queries" in line for line in lines if line["kind"] == "white-box")
+
+
+def test_other_clients_answers_are_looked_at(whole: Evaluation) -> None:
+    (extra,) = whole.extras
+    assert (extra.kind, extra.failed) == ("contamination", ())
+    assert [row[0] for row in extra.rows] == [one.name for one in whole.defences]
+
+
+def test_two_runs_do_not_share_a_folder(plan: EvaluationPlan, whole: Evaluation, work: Path) -> None:
+    first = CellStore.open(work, plan.describe())
+    with pytest.raises(OptionError, match="another evaluation is at"):
+        CellStore.open(work, plan.describe())
+    first.close()
+    CellStore.open(work, plan.describe()).close()
+
+
+def test_how_much_slower_does_not_hang_on_one_answer(plan: EvaluationPlan) -> None:
+    none, pixels = build_defence("none", plan.resources), torch.from_numpy(plan.data.images)
+
+    class Sleepy:
+        """Takes longer, and once in three times very much longer."""
+
+        calls = 0
+
+        def predict(self, *asked: object, **how: object) -> None:
+            self.calls += 1
+            time.sleep(0.2 if self.calls % 3 == 0 else 0.02)
+
+    class Even:
+        def predict(self, *asked: object, **how: object) -> None:
+            time.sleep(0.01)
+
+    slow, even = cast("Defence", Sleepy()), cast("Defence", Even())
+    assert 1.4 < latency_factor(slow, even, pixels, seed=0) < 2.6
+    assert latency_factor(none, none, pixels, seed=0) == 1
+
+
 def test_an_interrupted_run_goes_on_to_the_same_end(plan: EvaluationPlan, tmp_path: Path) -> None:
     small, folder = replace(plan, suite="standard", defenses=("rmc",)), tmp_path / "work"
     whole = evaluate(small, tmp_path / "whole")
@@ -171,7 +236,10 @@ def test_a_cell_comes_back_as_it_was_and_is_made_once(tmp_path: Path) -> None:
         calls.append(1)
         return made()
 
-    first, second = store.get("rmc", "fpa", make), CellStore.open(tmp_path, {"seed": 0}).get("rmc", "fpa", make)
+    first = store.get("rmc", "fpa", make)
+    store.close()
+    store = CellStore.open(tmp_path, {"seed": 0})
+    second = store.get("rmc", "fpa", make)
     assert len(calls) == 1
     assert torch.equal(first.pixels, second.pixels)
     assert second.stood is not None

@@ -200,13 +200,14 @@ def wait_ready(client: httpx2.Client, *, seconds: float = 60) -> None:
 class ServerProcess:
     """The service in a process of its own, at a free port of this machine."""
 
-    def __init__(self, log: Path, **flags: Any) -> None:
+    def __init__(self, log: Path, *, before: str = "", **flags: Any) -> None:
+        """``before``: Python to run before the service."""
         self._log = log
         # A thread unless the test is about processes: to start another costs seconds.
         settings = json.dumps({"port": 0, "seed": 7, "isolation": "thread", **flags}, default=str)
         with log.open("wb") as sink:
             self.process = subprocess.Popen(
-                [sys.executable, "-W", "error", "-c", SERVE, settings], stdout=sink, stderr=sink, cwd=ROOT
+                [sys.executable, "-W", "error", "-c", before + SERVE, settings], stdout=sink, stderr=sink, cwd=ROOT
             )
         self.url = self._await_url()
         self.client = httpx2.Client(base_url=self.url, timeout=60)

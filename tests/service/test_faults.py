@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import httpx2
 import pytest
-from service_helpers import ROOT, SERVE, Serving, post, predictions, wait_ready, wait_until
+from service_helpers import ROOT, SERVE, SLOW, ServerProcess, post, predictions, wait_ready, wait_until
 
 
+@pytest.mark.parametrize("isolation", ["thread", "process"])
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
-def test_a_log_that_cannot_be_written_costs_no_answer(digits_bundle: Path, clean: list[bytes]) -> None:
+def test_a_log_that_cannot_be_written_costs_no_answer(digits_bundle: Path, clean: list[bytes], isolation: str) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    settings = json.dumps({"bundle": str(digits_bundle), "port": port, "seed": 7, "isolation": "thread"})
+    settings = json.dumps({"bundle": str(digits_bundle), "port": port, "seed": 7, "isolation": isolation})
     with Path("/dev/full").open("wb", buffering=0) as full:
         process = subprocess.Popen([sys.executable, "-c", SERVE, settings], stdout=full, stderr=full, cwd=ROOT)
     try:
@@ -41,13 +42,32 @@ def _answers(process: subprocess.Popen[bytes], port: int) -> bool:
         return attempt.connect_ex(("127.0.0.1", port)) == 0
 
 
+CLOCK = """
+import time
+from pathlib import Path
+real, jump = time.time, Path({path!r})
+time.time = lambda: real() + float(jump.read_text())
+"""
+"""The clock on the wall, as somebody else sets it."""
+
+
 @pytest.mark.parametrize("jump", [-86_400.0, 86_400.0])
 def test_a_clock_that_jumps_changes_no_deadline_and_no_answer(
-    serving: Serving, clean: list[bytes], monkeypatch: pytest.MonkeyPatch, jump: float
+    digits_bundle: Path, clean: list[bytes], tmp_path: Path, jump: float
 ) -> None:
-    with serving() as client:
-        before = predictions(post(client, clean[0], deadline_ms=20_000))
-        real = time.time
-        monkeypatch.setattr(time, "time", lambda: real() + jump)
-        assert predictions(post(client, clean[0], deadline_ms=20_000)) == before
-        assert client.get("/readyz").status_code == 200
+    """In the service and in its engine, a process of its own; deadlines pass between the two."""
+    (tmp_path / "jump").write_text("0")
+    clock = CLOCK.format(path=str(tmp_path / "jump"))
+    engines = f"from service import engine_process\nengine_process._MAIN = {clock!r} + engine_process._MAIN\n"
+    server = ServerProcess(
+        tmp_path / "log", before=clock + engines, bundle=digits_bundle, isolation="process", threads=1
+    )
+    with contextlib.closing(server):
+        wait_ready(server.client)
+        before = predictions(post(server.client, clean[0], deadline_ms=20_000))
+        (tmp_path / "jump").write_text(str(jump))
+        assert predictions(post(server.client, clean[0], deadline_ms=20_000)) == before
+        assert post(server.client, clean[0], defense=SLOW, deadline_ms=300).status_code == 504
+        assert server.client.get("/readyz").status_code == 200
+        server.terminate()
+        assert server.process.wait(30) == 0

@@ -16,12 +16,15 @@ _VICTIMS, _HOSTILE = 8, 16
 """Of a kind, and of each set."""
 
 
-def contamination(grounds: Sequence[Ground], store: CellStore, progress: Callable[[str, int, int], None]) -> Extra:
-    """Victims beside and after everything that the run made for a defence, against the same victims alone."""
+def contamination(
+    grounds: Sequence[Ground], store: CellStore, progress: Callable[[str, int, int], None], *, slow: bool = True
+) -> Extra:
+    """Victims beside and after everything that the run made for a defence, against the same victims alone. ``slow``:
+    also beside images that keep it busy, which have to be made first."""
     rows, failed = [], []
     for number, ground in enumerate(grounds):
         progress("contamination", number, len(grounds))
-        row, isolated = _row(ground, store)
+        row, isolated = _row(ground, store, slow)
         rows.append(row)
         failed += [] if isolated else [ground.name]
     progress("contamination", len(grounds), len(grounds))
@@ -44,13 +47,13 @@ def contamination(grounds: Sequence[Ground], store: CellStore, progress: Callabl
     )
 
 
-def _row(ground: Ground, store: CellStore) -> tuple[tuple[Entry, ...], bool]:
+def _row(ground: Ground, store: CellStore, slow: bool) -> tuple[tuple[Entry, ...], bool]:
     target, sets = ground.front.target, len(ground.front.sent) + 1
     asks = 2 * (sets + 2) + sets * _HOSTILE / _VICTIMS  # an image of the clean victims, with its share of all else
     count = min(_VICTIMS, ground.affordable(asks))
     victims = torch.cat([target.pixels[:count], ground.worst[:count]])
     hostile = [sent.pixels[: 2 * count] for sent in ground.front.sent]
-    if ground.sample().adaptations[0] is not None:
+    if slow and ground.sample().adaptations[0] is not None:
         hostile.append(cost_images(ground, store)[: 2 * count])
     found = contaminate(target.defence, victims, hostile, seed=target.seed + 59)
     return (ground.name, found.victims, len(hostile), found.hostile, found.changed, found.moved), found.failed

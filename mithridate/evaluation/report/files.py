@@ -58,7 +58,7 @@ def samples(evaluation: Evaluation) -> Iterator[dict[str, Any]]:
             yield {**_who(evaluation, found, image), "attack": "clean", "kind": "clean", "right": right}
         for cell in found.cells:
             for image, right in enumerate(cell.right):
-                yield {**_who(evaluation, found, image), **_what(cell), "right": right}
+                yield {**_who(evaluation, found, image), **_what(cell, image), "right": right}
         for image, right in enumerate(found.worst):
             yield {**_who(evaluation, found, image), "attack": "worst case", "kind": "worst case", "right": right}
 
@@ -70,6 +70,8 @@ def _who(evaluation: Evaluation, found: DefenceFindings, image: int) -> dict[str
     return {"image": image, "label": label, "truth": truth, "defense": found.name}
 
 
-def _what(cell: Cell) -> dict[str, Any]:
-    """Queries and steps are those of an image in the middle: the findings keep no other."""
-    return {"attack": cell.attack, "kind": cell.kind, "median_queries": cell.queries, "steps": cell.steps}
+def _what(cell: Cell, image: int) -> dict[str, Any]:
+    """``median_queries`` and ``steps`` are the attack's; all else is the image's, as far as the findings have it."""
+    found = {"attack": cell.attack, "kind": cell.kind, "median_queries": cell.queries, "steps": cell.steps}
+    of_each = {"queries": cell.asked, "broken_at": cell.broken_at, "linf": cell.linf, "l2": cell.l2}
+    return {**found, **{name: values[image] for name, values in of_each.items() if values}}
