@@ -179,7 +179,7 @@ async def _infer(service: Service, request: Request, name: str, version: str | N
         wanted = wanted_outputs(parsed.asked, offered)
         found.append((parsed, wanted))
         parameters = parsed.asked.parameters
-        options = PredictOptions(defense=parameters.defense, deadline_ms=parameters.deadline_ms)
+        options = PredictOptions(defense=parameters.defense, deadline_ms=parameters.allowed_ms)
         return Upload(files=parsed.images, options=options.model_copy(update={"top_k": classes_needed(wanted)}))
 
     answer = await service.answer(request, read)

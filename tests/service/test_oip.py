@@ -202,6 +202,19 @@ def test_the_defence_is_the_one_named(client: TestClient, adversarial: list[byte
         check_like(outputs(response), native)
 
 
+def test_what_other_servers_clients_send_by_themselves_is_taken(
+    client: TestClient, pixels: Any, native: list[dict[str, Any]]
+) -> None:
+    body = request(pixels.tolist(), id=None, parameters=None, outputs=None)
+    body["inputs"][0]["parameters"] = None
+    check_like(outputs(client.post(INFER, json=body)), native)
+    body["inputs"][0]["parameters"] = {"content_type": "np", "binary_data_size": None}
+    body["outputs"] = [{"name": "label", "parameters": None}]
+    sequence = {"sequence_id": 0, "sequence_start": False, "sequence_end": False}
+    body["parameters"] = {"content_type": "np", "priority": 3, "timeout": 0, "layout": None, **sequence}
+    assert outputs(client.post(INFER, json=body))["label"].tolist() == [row["label"] for row in native]
+
+
 @pytest.mark.parametrize(
     ("body", "says"),
     [
@@ -234,6 +247,11 @@ def test_the_defence_is_the_one_named(client: TestClient, adversarial: list[byte
         (request([0] * 256, parameters={"defence": "none"}), ("parameters.defence", "allowed: defense, deadline_ms")),
         (request([0] * 256, parameters={"defense": "strong"}), ("unknown defence 'strong'",)),
         (request([0] * 256, parameters={"layout": "CHWN"}), ("NCHW",)),
+        (request([0] * 256, parameters={"defence": None}), ("parameters.defence",)),
+        (request([0] * 256, parameters={"timeout": -1}), ("parameters.timeout", "greater than or equal to 0")),
+        (request([0] * 256, parameters={"timeout": 0.5}), ("parameters.timeout", "integer")),
+        (request([0] * 256, parameters={"sequence_id": "s"}), ("keeps no state between requests",)),
+        (request([0] * 256, parameters={"sequence_start": True}), ("keeps no state between requests",)),
         (binary(7), ("0 bytes of binary data", "7")),
     ],
 )  # fmt: skip
