@@ -118,8 +118,10 @@ FORMS = [
     Case("empty part", 400, "empty", part(b"") + END, FORM),
     Case("cut off in the second part", 400, "multipart", part(SMALL) + part(SMALL)[:-30], FORM),
 ]
+SERVED = "deepnn, none, rmc, webnn"
 OPTIONS = [
-    Case("unknown defence", 422, "did you mean 'rmc'", SMALL, query={"defense": "rmcc"}),
+    Case("unknown defence", 422, "(did you mean 'rmc'?); allowed: " + SERVED, SMALL, query={"defense": "rmcc"}),
+    Case("unknown stage", 422, "'prm+rmcc'; allowed: " + SERVED, SMALL, query={"defense": "prm+rmcc"}),
     Case("empty defence", 422, "allowed: ", SMALL, query={"defense": ""}),
     Case("malformed defence", 422, "name:key=value", SMALL, query={"defense": "rmc:neighbors"}),
     Case("unknown option of a defence", 422, "neighbours", SMALL, query={"defense": "rmc:neighbours=3"}),
