@@ -36,7 +36,7 @@ _SHORT_BYTES = 65_536
 _MAX_JSON_EXTRAS = 4096
 """Lists, objects and commas in JSON beside one for each image: of its options, and of what is to be told wrong."""
 _Result = TypeVar("_Result")
-_ALLOWED = "allowed: image/png, image/jpeg, image/webp, multipart/form-data, application/json"
+_ALLOWED = "allowed: image/*, application/octet-stream, multipart/form-data, application/json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +57,10 @@ def media_type_of(request: Request) -> str:
 async def read_upload(request: Request, options: PredictOptions, settings: Settings) -> Upload:
     """Reads the body in whichever form it has. Raises Problem for what cannot be used."""
     media_type = media_type_of(request)
-    if media_type not in (*RAW_TYPES, "multipart/form-data", "application/json"):
-        raise Problem(415, f"content type {media_type or '(none)'!r} is not taken; {_ALLOWED}")
+    named = (*RAW_TYPES, "multipart/form-data", "application/json")
+    # Of an image its own first bytes say which kind it is.
+    if media_type not in named and not media_type.startswith("image/"):
+        raise Problem(415, f"content type {media_type[:80] or '(none)'!r} is not taken; {_ALLOWED}")
     body = await read_body(request, settings)
     if not body:
         raise Problem(400, "the body is empty; send an image")

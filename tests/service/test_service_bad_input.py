@@ -142,8 +142,9 @@ BODIES = [
     Case("nothing as a form", 400, "empty", b"", FORM),
     Case("too many bytes", 413, f"larger than {MAX_BYTES} bytes", bytes(MAX_BYTES + 1)),
     Case("html", 415, "text/html", b"<p>", "text/html"),
-    Case("image/gif", 415, "allowed: image/png", SMALL, "image/gif"),
-    Case("urlencoded", 415, "allowed: image/png", b"a=b", "application/x-www-form-urlencoded"),
+    Case("a gif as image/gif", 415, "JPEG, PNG and WebP", save(NOISE, "GIF"), "image/gif"),
+    Case("urlencoded", 415, "allowed: image/*, application/octet-stream", SMALL, "application/x-www-form-urlencoded"),
+    Case("endless content type", 415, "kkk", SMALL, "k" * 9000),
     Case("no content type", 415, "(none)", SMALL, None),
 ]
 CASES = [*IMAGES, *JSON_BODIES, *FORMS, *OPTIONS, *BODIES]
@@ -224,6 +225,13 @@ def test_unusual_but_usable(small: TestClient, clean: list[bytes]) -> None:
     assert predictions(post(small, save(grey.convert("P"), "PNG"), top_k=10)) == expected
     cmyk = save(grey.convert("CMYK"), "JPEG", quality=95)
     assert predictions(post(small, cmyk))[0]["label"] == expected[0]["label"]
+
+
+@pytest.mark.parametrize("declared", ["image/gif", "image/jpeg", "image/x-anything", "IMAGE/PNG; q=1", "image/"])
+def test_the_content_decides_and_not_what_is_declared(
+    small: TestClient, good: Any, clean: list[bytes], declared: str
+) -> None:
+    assert predictions(post(small, clean[0], media_type=declared, top_k=10, explain=True)) == good
 
 
 def test_exif_orientation_is_applied(small: TestClient, clean: list[bytes]) -> None:
