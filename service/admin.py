@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Awaitable
 from pathlib import Path
@@ -17,7 +18,7 @@ from service.bundles import Bundles, Served, SwapBusyError
 from service.openapi import KEY_ERRORS, responses
 from service.problems import Problem
 from service.schemas import BundleRef
-from service.uploads import media_type_of, read_body
+from service.uploads import media_type_of, parse_json, read_body
 
 if TYPE_CHECKING:
     from service.app import Service
@@ -93,13 +94,14 @@ async def _read(request: Request, service: Service) -> SwapBody:
     media_type = media_type_of(request)
     if media_type != "application/json":
         raise Problem(415, f"content type {media_type[:80] or '(none)'!r} is not taken; allowed: application/json")
-    body = await read_body(request, service.settings, max_bytes=_MAX_BODY_BYTES)
+    fields = parse_json(await read_body(request, service.settings, max_bytes=_MAX_BODY_BYTES))
     try:
-        return SwapBody.model_validate_json(body)
+        return SwapBody.model_validate(fields)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part)[:80] for part in ("body", *first["loc"]))
-        raise Problem(422, f"{where}: {first['msg']}; seen: {str(first['input'])[:80]!r}") from error
+        seen = "" if first["type"] == "missing" else f"; seen: {json.dumps(first['input'])[:80]}"
+        raise Problem(422, f"{where}: {first['msg']}{seen}") from error
 
 
 async def _change(bundles: Bundles, change: Awaitable[Served], *, hide: dict[Path, str]) -> LiveBundles:

@@ -178,6 +178,14 @@ async def read_body(request: Request, settings: Settings, *, max_bytes: int | No
     return b"".join(chunks)
 
 
+def parse_json(body: bytes) -> Any:
+    """What it says. Raises Problem 400 where it is not JSON."""
+    try:
+        return from_json(body)
+    except ValueError as error:
+        raise Problem(400, f"body: Invalid JSON: {error}") from error
+
+
 def _from_json(body: bytes, request: Request, settings: Settings) -> Upload:
     if request.query_params:
         raise Problem(422, "with a JSON body, options are JSON fields; seen: query parameters")
@@ -186,10 +194,7 @@ def _from_json(body: bytes, request: Request, settings: Settings) -> Upload:
         raise Problem(
             413, f"too many lists, objects and elements in JSON; send at most {settings.max_images} images and options"
         )
-    try:
-        fields = from_json(body)
-    except ValueError as error:
-        raise Problem(400, f"body: Invalid JSON: {error}") from error
+    fields = parse_json(body)
     # Before pydantic, which collects one error for every wrong element: minutes for a body of a few megabytes.
     if not isinstance(fields, dict):
         raise Problem(422, f"body: Input should be an object; seen: {type(fields).__name__}")
