@@ -76,14 +76,12 @@ def _add_descriptions(app: FastAPI, service: Service) -> None:
 
 
 def _add_health(app: FastAPI, service: Service) -> None:
-    @app.head("/livez", include_in_schema=False)
-    @app.get("/livez", tags=["health"], responses=responses(path="/livez"))
+    @app.get("/livez", tags=["health"], responses=responses(path="/livez", example={"status": "alive"}))
     async def livez() -> dict[str, str]:
         """The process runs."""
         return {"status": "alive"}
 
-    @app.head("/readyz", include_in_schema=False)
-    @app.get("/readyz", tags=["health"], responses=responses(path="/readyz"))
+    @app.get("/readyz", tags=["health"], responses=responses(path="/readyz", example={"status": "ready"}))
     async def readyz() -> dict[str, str]:
         """The bundle is verified, one warm adaptation has run, the engine lives, and the service is not draining."""
         service.require_ready()

@@ -198,6 +198,10 @@ def test_the_last_of_two_json_fields_of_one_name_counts(small: TestClient, clean
 
 def test_elsewhere(small: TestClient) -> None:
     check_problem(small.get("/v1/nothing"), 404)
+    for path in ("/v1/predict/", "/docs/", "/livez/"):
+        nowhere = small.post(path, headers={"Host": "evil.example"}, follow_redirects=False)
+        check_problem(nowhere, 404)
+        assert "location" not in nowhere.headers
     check_problem(small.post("/nothing"), 404)
     response = small.get("/v1/predict")
     check_problem(response, 405)
