@@ -10,6 +10,7 @@ import asyncio
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request, Response
+from starlette.convertors import PathConvertor, register_url_convertor
 
 from mithridate import __version__
 from mithridate.bundle import Manifest
@@ -34,6 +35,15 @@ if TYPE_CHECKING:
     from service.app import Service
 
 EXTENSIONS = ("binary_tensor_data", "classification")
+
+
+class _ModelName(PathConvertor):
+    """A name may have slashes, but an address that ends in /infer is none of a model: only POST is taken there."""
+
+    regex = "(?!.*/infer$).*"
+
+
+register_url_convertor("model", _ModelName())
 
 
 def short_version(digest: str) -> str:
@@ -124,7 +134,7 @@ def _add_model(app: FastAPI, service: Service) -> None:
         """Inputs and outputs of this version of the model."""
         return metadata(request, name, version)
 
-    @app.get("/v2/models/{name:path}", **described)
+    @app.get("/v2/models/{name:model}", **described)
     async def model_metadata(request: Request, name: str) -> ModelMetadata:
         """Inputs and outputs of the model."""
         return metadata(request, name)

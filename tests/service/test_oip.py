@@ -287,8 +287,26 @@ def test_addresses_that_are_not_there(client: TestClient) -> None:
     check_error(client.get(f"/v2/models/{MODEL}/versions/1"), 404, "'1'")
     check_error(client.post(f"/v2/models/{MODEL}/versions/1/infer", json={}), 404, "'1'")
     check_error(client.get("/v2/nothing"), 404)
-    check_error(client.get(INFER.replace("infer", "versions/1/infer")), 404)
-    check_error(client.delete(f"/v2/models/{MODEL}"), 405)
+
+
+def test_the_methods_of_an_address(client: TestClient) -> None:
+    """A model's name may have slashes: what ends in /infer is nevertheless no model's own address."""
+    for path in (INFER, INFER.replace("infer", "versions/1/infer"), "/v2/models/a/b/infer"):
+        for method in ("GET", "HEAD", "DELETE"):
+            refused = client.request(method, path)
+            assert (refused.status_code, refused.headers["allow"]) == (405, "POST")
+    check_error(client.get(INFER), 405, "Method Not Allowed")
+    for path in (
+        f"/v2/models/{MODEL}",
+        f"/v2/models/{MODEL}/ready",
+        f"/v2/models/{MODEL}/versions/1",
+        "/v2/health/live",
+    ):
+        refused = client.delete(path)
+        check_error(refused, 405)
+        assert refused.headers["allow"] == "GET, HEAD"
+    check_error(client.get("/v2/models/infer"), 404, "'infer'")
+    check_error(client.get("/v2/models/a/b"), 404, "'a/b'")
 
 
 def test_the_limits_of_a_request(serving: Serving, pixels: Any) -> None:
