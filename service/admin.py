@@ -15,6 +15,7 @@ from mithridate.errors import InputError, MithridateError, OptionError
 from service import problems
 from service.access import is_loopback
 from service.bundles import Bundles, Served, SwapBusyError
+from service.examples import LIVE_BUNDLES
 from service.openapi import KEY_ERRORS, responses
 from service.problems import Problem
 from service.schemas import BundleRef
@@ -40,7 +41,8 @@ class SwapBody(BaseModel):
     )
 
 
-_BODY = {"requestBody": {"required": True, "content": {"application/json": {"schema": SwapBody.model_json_schema()}}}}
+_CONTENT = {"schema": SwapBody.model_json_schema(), "example": {"path": "digits-2"}}
+_BODY = {"requestBody": {"required": True, "content": {"application/json": _CONTENT}}}
 
 
 class LiveBundles(BaseModel):
@@ -56,9 +58,14 @@ def add_admin(app: FastAPI, service: Service) -> None:
     bundles, keys = service.bundles, service.access.dependencies
 
     def refused(path: str, *more: int) -> dict[int | str, dict[str, Any]]:
-        return responses(*KEY_ERRORS, 409, 422, *more, path=path)
+        return responses(*KEY_ERRORS, 409, 422, *more, path=path, example=LIVE_BUNDLES)
 
-    @app.get("/admin/bundle", tags=["admin"], responses=responses(*KEY_ERRORS, path="/admin/bundle"), dependencies=keys)
+    @app.get(
+        "/admin/bundle",
+        tags=["admin"],
+        responses=responses(*KEY_ERRORS, path="/admin/bundle", example=LIVE_BUNDLES),
+        dependencies=keys,
+    )
     async def show(request: Request) -> LiveBundles:
         """Which bundle is live, and which one was before it."""
         _allow(service, request)

@@ -21,6 +21,9 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+EXTENSIONS = ("binary_tensor_data", "classification")
+"""Of Triton's, those that are spoken."""
+
 Datatype = Literal["BOOL", "UINT8", "INT64", "FP32", "BYTES"]
 """Those of the protocol's tensor types that occur here."""
 

@@ -363,6 +363,9 @@ def test_the_examples_of_the_documentation_work(client: TestClient) -> None:
     assert labels[0]["label"] == labels[2]["label"] == ["4"]
     assert re.fullmatch(r"0\.\d{6}:4:4", labels[1]["scores"][0][0])
     assert found[0].json()["id"] == "42"
+    command = described["requestBody"]["content"]["application/octet-stream"]["examples"]["pixels"]["description"]
+    text = re.findall("json='(.*?)'", command, re.DOTALL)[0]
+    assert outputs(send_binary(client, json.loads(text), bytes(64)))["label"].shape == (1,)
     for status in ("400", "404", "413", "429", "503", "504"):
         example = described["responses"][status]["content"]["application/json"]["example"]
         assert set(example) == {"error"}
