@@ -3,6 +3,7 @@
 MithridateError
   InputError             unusable input; the message says what was seen and what is allowed
     OptionError            an unknown name, a number out of range, options that exclude each other
+      UnknownDefenceError    a name that no defence has
     DatasetError           a data set that cannot be read
     ModelError             an architecture or weights that cannot be used
     BundleError            a bundle that is incomplete, tampered with, or of another schema
@@ -28,6 +29,10 @@ class InputError(MithridateError):
 
 class OptionError(InputError):
     """An unknown name, a number out of its range, or options that exclude each other."""
+
+
+class UnknownDefenceError(OptionError):
+    """A name that no defence has."""
 
 
 class DatasetError(InputError):

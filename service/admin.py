@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Awaitable
 from pathlib import Path
@@ -14,10 +15,11 @@ from mithridate.errors import InputError, MithridateError, OptionError
 from service import problems
 from service.access import is_loopback
 from service.bundles import Bundles, Served, SwapBusyError
+from service.examples import LIVE_BUNDLES
 from service.openapi import KEY_ERRORS, responses
 from service.problems import Problem
 from service.schemas import BundleRef
-from service.uploads import media_type_of, read_body
+from service.uploads import media_type_of, parse_json, read_body
 
 if TYPE_CHECKING:
     from service.app import Service
@@ -39,7 +41,8 @@ class SwapBody(BaseModel):
     )
 
 
-_BODY = {"requestBody": {"required": True, "content": {"application/json": {"schema": SwapBody.model_json_schema()}}}}
+_CONTENT = {"schema": SwapBody.model_json_schema(), "example": {"path": "digits-2"}}
+_BODY = {"requestBody": {"required": True, "content": {"application/json": _CONTENT}}}
 
 
 class LiveBundles(BaseModel):
@@ -55,9 +58,14 @@ def add_admin(app: FastAPI, service: Service) -> None:
     bundles, keys = service.bundles, service.access.dependencies
 
     def refused(path: str, *more: int) -> dict[int | str, dict[str, Any]]:
-        return responses(*KEY_ERRORS, 409, 422, *more, path=path)
+        return responses(*KEY_ERRORS, 409, 422, *more, path=path, example=LIVE_BUNDLES)
 
-    @app.get("/admin/bundle", tags=["admin"], responses=responses(*KEY_ERRORS, path="/admin/bundle"), dependencies=keys)
+    @app.get(
+        "/admin/bundle",
+        tags=["admin"],
+        responses=responses(*KEY_ERRORS, path="/admin/bundle", example=LIVE_BUNDLES),
+        dependencies=keys,
+    )
     async def show(request: Request) -> LiveBundles:
         """Which bundle is live, and which one was before it."""
         _allow(service, request)
@@ -93,13 +101,14 @@ async def _read(request: Request, service: Service) -> SwapBody:
     media_type = media_type_of(request)
     if media_type != "application/json":
         raise Problem(415, f"content type {media_type[:80] or '(none)'!r} is not taken; allowed: application/json")
-    body = await read_body(request, service.settings, max_bytes=_MAX_BODY_BYTES)
+    fields = parse_json(await read_body(request, service.settings, max_bytes=_MAX_BODY_BYTES))
     try:
-        return SwapBody.model_validate_json(body)
+        return SwapBody.model_validate(fields)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part)[:80] for part in ("body", *first["loc"]))
-        raise Problem(422, f"{where}: {first['msg']}; seen: {str(first['input'])[:80]!r}") from error
+        seen = "" if first["type"] == "missing" else f"; seen: {json.dumps(first['input'])[:80]}"
+        raise Problem(422, f"{where}: {first['msg']}{seen}") from error
 
 
 async def _change(bundles: Bundles, change: Awaitable[Served], *, hide: dict[Path, str]) -> LiveBundles:

@@ -50,6 +50,7 @@ from service.settings import Settings
 from service.uploads import Upload, decode_upload, read_upload
 from service.wanted import Wanted, late, left, while_wanted
 from service.watching import Watching
+from service.web import WebApp
 
 logger = logging.getLogger("mithridate.service")
 
@@ -278,13 +279,11 @@ def create_app(settings: Settings) -> FastAPI:
             await asyncio.wait([loading, lag])
             await service.close()
 
-    app = FastAPI(
+    app = WebApp(
         title="Mithridate",
         summary="Image classification behind run-time adversarial defences",
         version=__version__,
         lifespan=lifespan,
-        docs_url=None,
-        redoc_url=None,
         openapi_url="/openapi.json" if settings.docs else None,
     )
     app.state.service = service
@@ -301,4 +300,5 @@ def create_app(settings: Settings) -> FastAPI:
     add_page(app, service)
     if settings.docs:
         add_docs(app)
+    app.add_heads()
     return app

@@ -51,7 +51,6 @@ def add_docs(app: FastAPI) -> None:
         return Response(content[name], media_type=_MEDIA_TYPES[name], headers=_HEADERS)
 
     for path, answer in (("/docs", page), ("/docs/{name}", file)):
-        app.head(path, include_in_schema=False)(answer)
         app.get(path, include_in_schema=False)(answer)
 
 

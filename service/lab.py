@@ -12,10 +12,11 @@ from mithridate.defenses import Prediction
 from mithridate.errors import OptionError
 from mithridate.images import encode_png
 from mithridate.types import Epsilon
+from service import examples
 from service.lab_defence import PREFIX, STEPS, AttackName, LabDefence
 from service.loading import Loaded, Named
 from service.metrics import LAB
-from service.openapi import PREDICT_ERRORS, responses
+from service.openapi import LAB_BODY, PREDICT_ERRORS, responses
 from service.problems import Problem
 from service.schemas import BundleRef, ImagePrediction, PredictOptions, PredictResponse, Scored, Timings
 from service.uploads import Upload, read_upload
@@ -142,9 +143,15 @@ def add_lab(app: FastAPI, service: Service) -> None:
     if not service.settings.lab:
         return
 
-    answers = responses(*PREDICT_ERRORS, path="/v1/lab/attack")
+    answers = responses(*PREDICT_ERRORS, path="/v1/lab/attack", example=examples.LAB)
 
-    @app.post("/v1/lab/attack", responses=answers, tags=["lab"], dependencies=service.access.dependencies)
+    @app.post(
+        "/v1/lab/attack",
+        responses=answers,
+        openapi_extra=LAB_BODY,
+        tags=["lab"],
+        dependencies=service.access.dependencies,
+    )
     async def attack(request: Request, options: Annotated[LabOptions, Query()]) -> LabResponse:
         """Attacks one image (a raw body, or one multipart part named `images`) within `epsilon`, and answers for it as
         it was and as the attack left it."""

@@ -21,8 +21,9 @@ from mithridate.defenses import (
     describe_defence,
     servable_defences,
 )
+from mithridate.defenses.options import unknown
 from mithridate.devices import resolve_device, use_threads
-from mithridate.errors import MithridateError, OptionError
+from mithridate.errors import MithridateError, OptionError, UnknownDefenceError
 from mithridate.evaluation.card import Card, read_card, warning
 from mithridate.exemplars import ExemplarStore
 from mithridate.types import to_images
@@ -78,7 +79,10 @@ class Loaded(Generic[D]):
         """The defence a request names, or the default. Raises OptionError where it is not offered."""
         if text is None:
             return self.defences[self.default]
-        found = self.defences.get(text) or self.defences.get(defence_name(text, self.resources))
+        try:
+            found = self.defences.get(text) or self.defences.get(defence_name(text, self.resources))
+        except UnknownDefenceError as error:  # which names all that there are
+            raise OptionError(unknown("defence", text, self.defences)) from error
         if found is None:
             raise OptionError(f"defence {text!r} is not offered here; allowed: {', '.join(self.defences)}")
         return found

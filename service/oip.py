@@ -10,14 +10,26 @@ import asyncio
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request, Response
+from starlette.convertors import PathConvertor, register_url_convertor
 
 from mithridate import __version__
 from mithridate.bundle import Manifest
 from service.loading import Loaded
-from service.oip_examples import INFER_ANSWERS, INFER_BODY, INFER_ERRORS, errors
+from service.oip_examples import (
+    INFER_ANSWERS,
+    INFER_BODY,
+    INFER_ERRORS,
+    LIVE,
+    MODEL,
+    MODEL_READY,
+    READY,
+    SERVER,
+    answers,
+)
 from service.oip_request import INPUT, Inference, json_length, parse_infer
 from service.oip_response import OUTPUTS, SCORES, classes_needed, describe_outputs, encode_answer, wanted_outputs
 from service.oip_schemas import (
+    EXTENSIONS,
     ModelMetadata,
     ModelReady,
     RequestedOutput,
@@ -33,7 +45,14 @@ from service.uploads import Upload, read_body
 if TYPE_CHECKING:
     from service.app import Service
 
-EXTENSIONS = ("binary_tensor_data", "classification")
+
+class _ModelName(PathConvertor):
+    """A name may have slashes, but an address that ends in /infer is none of a model: only POST is taken there."""
+
+    regex = "(?!.*/infer$).*"
+
+
+register_url_convertor("model", _ModelName())
 
 
 def short_version(digest: str) -> str:
@@ -49,17 +68,17 @@ def add_open_inference(app: FastAPI, service: Service) -> None:
 
 
 def _add_server(app: FastAPI, service: Service) -> None:
-    @app.get("/v2", tags=["open inference protocol"], responses=errors())
+    @app.get("/v2", tags=["open inference protocol"], responses=answers(SERVER))
     async def server_metadata() -> ServerMetadata:
         """What the server is, and which extensions of the protocol it has."""
         return ServerMetadata(name="mithridate", version=__version__, extensions=list(EXTENSIONS))
 
-    @app.get("/v2/health/live", tags=["open inference protocol"], responses=errors())
+    @app.get("/v2/health/live", tags=["open inference protocol"], responses=answers(LIVE))
     async def server_live() -> ServerLive:
         """The process runs."""
         return ServerLive(live=True)
 
-    @app.get("/v2/health/ready", tags=["open inference protocol"], responses=errors(503))
+    @app.get("/v2/health/ready", tags=["open inference protocol"], responses=answers(READY, 503))
     async def server_ready() -> ServerReady:
         """As `/readyz`: the model answers, and the service is not draining."""
         service.require_ready()
@@ -106,8 +125,15 @@ def _add_model(app: FastAPI, service: Service) -> None:
         loaded = _require_model(service.require_loaded(), name, version)
         return _describe(loaded)
 
-    known: dict[str, Any] = {"tags": ["open inference protocol"], "responses": errors(404, 503)}
-    described = {**known, "responses": errors(401, 403, 404, 503), "dependencies": service.access.dependencies}
+    known: dict[str, Any] = {
+        "tags": ["open inference protocol"],
+        "responses": answers(MODEL_READY, 404, 503),
+    }
+    described = {
+        **known,
+        "responses": answers(MODEL, 401, 403, 404, 503),
+        "dependencies": service.access.dependencies,
+    }
 
     @app.get("/v2/models/{name:path}/versions/{version}/ready", **known)
     async def version_ready(name: str, version: str) -> ModelReady:
@@ -124,7 +150,7 @@ def _add_model(app: FastAPI, service: Service) -> None:
         """Inputs and outputs of this version of the model."""
         return metadata(request, name, version)
 
-    @app.get("/v2/models/{name:path}", **described)
+    @app.get("/v2/models/{name:model}", **described)
     async def model_metadata(request: Request, name: str) -> ModelMetadata:
         """Inputs and outputs of the model."""
         return metadata(request, name)
@@ -179,7 +205,7 @@ async def _infer(service: Service, request: Request, name: str, version: str | N
         wanted = wanted_outputs(parsed.asked, offered)
         found.append((parsed, wanted))
         parameters = parsed.asked.parameters
-        options = PredictOptions(defense=parameters.defense, deadline_ms=parameters.deadline_ms)
+        options = PredictOptions(defense=parameters.defense, deadline_ms=parameters.allowed_ms)
         return Upload(files=parsed.images, options=options.model_copy(update={"top_k": classes_needed(wanted)}))
 
     answer = await service.answer(request, read)

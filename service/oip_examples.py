@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from pydantic import BaseModel
 
-from service.oip_schemas import ErrorDocument, InferRequest, InferResponse
+from mithridate import __version__
+from service.oip_schemas import EXTENSIONS, ErrorDocument, InferRequest, InferResponse
 from service.openapi import CONNECTION_ERRORS
 
 # A four, as scikit-learn's digits have it: these requests can be sent to the service of `mithridate demo --serve`.
@@ -55,6 +57,48 @@ _BINARY = {
     "description": "The JSON, as long as the header Inference-Header-Content-Length says, and the tensors behind it",
 }
 
+_CURL = """```
+json='{"inputs": [{"name": "images", "datatype": "UINT8", "shape": [1, 1, 8, 8],
+  "parameters": {"binary_data_size": 64}}]}'
+(printf %s "$json"; cat pixels.raw) | curl --data-binary @- -H 'Content-Type: application/octet-stream' \
+  -H "Inference-Header-Content-Length: ${#json}" localhost:8000/v2/models/digits-small-cnn/infer
+```"""
+_INDEX = {"name": "class_index", "shape": [1], "datatype": "INT64", "parameters": {"binary_data_size": 8}}
+_BINARY_ANSWER = json.dumps({**_ANSWER, "outputs": [_INDEX]}) + "\4" + 7 * "\0"
+
+SERVER = {"name": "mithridate", "version": __version__, "extensions": list(EXTENSIONS)}
+LIVE = {"live": True}
+READY = {"live": True, "ready": True}
+MODEL_READY = {"name": "digits-small-cnn", "ready": True}
+_OUTPUTS = {
+    "class_index": ("INT64", [-1]),
+    "label": ("BYTES", [-1]),
+    "confidence": ("FP32", [-1]),
+    "suspicious": ("BOOL", [-1]),
+    "abstained": ("BOOL", [-1]),
+    "scores": ("FP32", [-1, 10]),
+}
+MODEL = {
+    "name": "digits-small-cnn",
+    "versions": ["3f0c9a51d27e"],
+    "platform": "mithridate",
+    "inputs": [
+        {
+            "name": "images",
+            "datatype": "UINT8",
+            "shape": [-1, 1, 8, 8],
+            "parameters": {
+                "also_accepted": "FP32 [-1, 1, 8, 8] in [0, 1]; "
+                "BYTES [-1], files in JPEG, PNG or WebP, in JSON as base64"
+            },
+        }
+    ],
+    "outputs": [
+        {"name": name, "datatype": datatype, "shape": shape, "parameters": None}
+        for name, (datatype, shape) in _OUTPUTS.items()
+    ],
+}
+
 
 def _schema(model: type[BaseModel]) -> dict[str, Any]:
     """With the definitions where they are referred to: beside its own routes' FastAPI takes no others."""
@@ -95,7 +139,10 @@ INFER_BODY: dict[str, Any] = {
                     "files": {"summary": "An image file in base64", "value": _BYTES},
                 },
             },
-            "application/octet-stream": {"schema": _BINARY},
+            "application/octet-stream": {
+                "schema": _BINARY,
+                "examples": {"pixels": {"summary": "64 bytes of pixels behind the JSON", "description": _CURL}},
+            },
         },
     },
 }
@@ -111,7 +158,10 @@ INFER_ANSWERS: dict[int | str, dict[str, Any]] = {
         },
         "content": {
             "application/json": {"schema": _schema(InferResponse), "example": _ANSWER},
-            "application/octet-stream": {"schema": _BINARY},
+            "application/octet-stream": {
+                "schema": _BINARY,
+                "examples": {"class": {"summary": "Eight bytes behind the JSON", "value": _BINARY_ANSWER}},
+            },
         },
     }
 }
@@ -146,6 +196,11 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
         }
         for status in sorted({*statuses, *CONNECTION_ERRORS})
     }
+
+
+def answers(example: dict[str, Any], *statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The same, and an example of 200."""
+    return {200: {"content": {"application/json": {"example": example}}}, **errors(*statuses)}
 
 
 INFER_ERRORS = errors(*_ERRORS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from http import HTTPStatus
 from typing import Any
 
+from service.examples import DIGIT
 from service.problems import MEDIA_TYPE
 from service.schemas import PredictBody, ProblemDocument
 from service.uploads import RAW_TYPES
@@ -51,101 +52,68 @@ KEY_ERRORS = (401, 403)
 """What a route that asks for a key may answer, where the service has any."""
 PREDICT_ERRORS = (*KEY_ERRORS, 413, 415, 422, 429, 504)
 
-_DIGIT = (
-    "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAAAAADhZOFXAAAAP0lEQVR4nAXBAQ2AMAwAsIYg4BLugDnhEibhTpCAFSygAAmXMFrISjDqBn19ZkNWRF12"
-    "p3F4EatqNRA12dA9/Iy5EakHpvaFAAAAAElFTkSuQmCC"
-)
-"""A four, from scikit-learn's digits: a PNG of 8x8 px."""
+_BINARY = {"type": "string", "format": "binary", "description": "A JPEG, PNG or WebP file"}
 
 
-def _raw(media_type: str) -> dict[str, Any]:
+def _raw(media_type: str, address: str) -> dict[str, Any]:
     suffix = media_type.partition("/")[2].replace("octet-stream", "jpg")
-    curl = f"curl --data-binary @x.{suffix} -H 'Content-Type: {media_type}' localhost:8000/v1/predict?top_k=3"
+    curl = f"curl --data-binary @x.{suffix} -H 'Content-Type: {media_type}' '{address}'"
     return {"schema": _BINARY, "examples": {"file": {"summary": "The file itself", "description": f"`{curl}`"}}}
 
 
-_BINARY = {"type": "string", "format": "binary", "description": "A JPEG, PNG or WebP file"}
-_FORM = {
-    "schema": {
-        "type": "object",
-        "properties": {"images": {"type": "array", "items": _BINARY, "minItems": 1}},
-        "required": ["images"],
-        "additionalProperties": False,
-    },
-    "examples": {
-        "files": {
-            "summary": "One part named images for each file",
-            "description": "`curl -F images=@x.png -F images=@y.jpg localhost:8000/v1/predict?defense=rmc`",
-        }
-    },
-}
+def _form(parts: str, address: str, **limits: int) -> dict[str, Any]:
+    return {
+        "schema": {
+            "type": "object",
+            "properties": {"images": {"type": "array", "items": _BINARY, "minItems": 1, **limits}},
+            "required": ["images"],
+            "additionalProperties": False,
+        },
+        "examples": {
+            "files": {
+                "summary": "One part named images for each file",
+                "description": f"`curl {parts} '{address}'`",
+            }
+        },
+    }
+
+
+def _body(content: dict[str, Any]) -> dict[str, Any]:
+    said = "Of a file its first bytes decide what it is: any other image/* is taken as well"
+    return {"requestBody": {"required": True, "description": said, "content": content}}
+
+
 _JSON = {
     "schema": PredictBody.model_json_schema(),
     "examples": {
-        "one image": {"value": {"images": [_DIGIT]}},
-        "two images and options": {
-            "value": {"images": [_DIGIT, _DIGIT], "defense": "rmc", "top_k": 3, "explain": True}
-        },
+        "one image": {"value": {"images": [DIGIT]}},
+        "two images and options": {"value": {"images": [DIGIT, DIGIT], "defense": "rmc", "top_k": 3, "explain": True}},
     },
 }
-PREDICT_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            **{media_type: _raw(media_type) for media_type in RAW_TYPES},
-            "multipart/form-data": _FORM,
-            "application/json": _JSON,
-        },
+_PREDICT, _LAB = "localhost:8000/v1/predict", "localhost:8000/v1/lab/attack"
+PREDICT_BODY = _body(
+    {
+        **{media_type: _raw(media_type, f"{_PREDICT}?top_k=3") for media_type in RAW_TYPES},
+        "multipart/form-data": _form("-F images=@x.png -F images=@y.jpg", f"{_PREDICT}?defense=rmc"),
+        "application/json": _JSON,
     }
-}
-
-_PROBABLE, _OTHER = (
-    {"label": label, "class_index": int(label), "confidence": p} for label, p in (("4", 0.98), ("1", 0.71))
 )
-PREDICT_ANSWER: dict[str, Any] = {
-    "id": "8c8f4a6f2f0b4b4d9d1f7f3f0c3f6f0e",
-    "bundle": {"name": "digits-small-cnn", "digest": f"sha256:{64 * '0'}"},
-    "defense": "rmc",
-    "predictions": [
-        {
-            **_PROBABLE,
-            "top": [_PROBABLE],
-            "undefended": _OTHER,
-            "suspicious": True,
-            "abstained": False,
-            "adaptation": {
-                "steps": 40,
-                "stop_reason": "converged",
-                "answered_from": "adapted",
-                "held_out_loss": {"before": 0.61, "after": 0.08},
-                "neighbors": 256,
-                "neighbor_labels": {"4": 211, "1": 45},
-                "adversarial_fraction": 0.93,
-            },
-            "neighbors": None,
-        }
-    ],
-    "batch": {"requests": 1, "images": 1},
-    "timings_ms": {
-        "queue": 0.1,
-        "decode": 0.4,
-        "embed": 1.2,
-        "search": 0.3,
-        "adapt": 2.0,
-        "predict": 0.2,
-        "total": 4.4,
-    },
-}
+LAB_BODY = _body(
+    {
+        **{media_type: _raw(media_type, f"{_LAB}?epsilon=16/255") for media_type in RAW_TYPES},
+        "multipart/form-data": _form("-F images=@x.png", f"{_LAB}?attack=adaptive&defense=rmc", maxItems=1),
+    }
+)
 
 
-def responses(*statuses: int, path: str, example: Any = None) -> dict[int | str, dict[str, Any]]:
+def responses(*statuses: int, path: str, example: Any) -> dict[int | str, dict[str, Any]]:
     """The ``responses`` of the route at ``path``: ``statuses``, what any address may answer, and an example of 200."""
     found: dict[int | str, dict[str, Any]] = {
         status: _error(status, path) for status in sorted({*statuses, *CONNECTION_ERRORS})
     }
-    if path == "/metrics":
-        found[200] = {"content": {"text/plain": {"schema": {"type": "string"}}}}
-    if example is not None:
+    if isinstance(example, str):
+        found[200] = {"content": {"text/plain": {"schema": {"type": "string"}, "example": example}}}
+    else:
         found[200] = {"content": {"application/json": {"example": example}}}
     return found
 

@@ -8,7 +8,8 @@ from fastapi import FastAPI, Query, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from mithridate.evaluation.card import Card
-from service.openapi import KEY_ERRORS, PREDICT_ANSWER, PREDICT_BODY, PREDICT_ERRORS, responses
+from service import examples
+from service.openapi import KEY_ERRORS, PREDICT_BODY, PREDICT_ERRORS, responses
 from service.problems import Problem
 from service.reports import report_bundle
 from service.schemas import BundleResponse, DefenseInfo, DefensesResponse, PredictOptions, PredictResponse
@@ -25,7 +26,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
 
 
 def _add_predict(app: FastAPI, service: Service) -> None:
-    answers = responses(*PREDICT_ERRORS, path="/v1/predict", example=PREDICT_ANSWER)
+    answers = responses(*PREDICT_ERRORS, path="/v1/predict", example=examples.PREDICT)
 
     @app.post(
         "/v1/predict",
@@ -45,7 +46,12 @@ def _add_predict(app: FastAPI, service: Service) -> None:
 def _add_descriptions(app: FastAPI, service: Service) -> None:
     keys = service.access.dependencies
 
-    @app.get("/v1/bundle", tags=["describe"], responses=responses(*KEY_ERRORS, path="/v1/bundle"), dependencies=keys)
+    @app.get(
+        "/v1/bundle",
+        tags=["describe"],
+        responses=responses(*KEY_ERRORS, path="/v1/bundle", example=examples.BUNDLE),
+        dependencies=keys,
+    )
     async def bundle(request: Request) -> BundleResponse:
         """What is served."""
         service.authorize(request, "predict")
@@ -53,7 +59,10 @@ def _add_descriptions(app: FastAPI, service: Service) -> None:
         return report_bundle(loaded.bundle.manifest, loaded.bundle.digest)
 
     @app.get(
-        "/v1/defenses", tags=["describe"], responses=responses(*KEY_ERRORS, path="/v1/defenses"), dependencies=keys
+        "/v1/defenses",
+        tags=["describe"],
+        responses=responses(*KEY_ERRORS, path="/v1/defenses", example=examples.DEFENSES),
+        dependencies=keys,
     )
     async def defenses(request: Request) -> DefensesResponse:
         """Which defences a request may name."""
@@ -65,7 +74,12 @@ def _add_descriptions(app: FastAPI, service: Service) -> None:
         ]
         return DefensesResponse(default=loaded.default, defenses=listed)
 
-    @app.get("/v1/card", tags=["describe"], responses=responses(*KEY_ERRORS, 404, path="/v1/card"), dependencies=keys)
+    @app.get(
+        "/v1/card",
+        tags=["describe"],
+        responses=responses(*KEY_ERRORS, 404, path="/v1/card", example=examples.CARD),
+        dependencies=keys,
+    )
     async def card(request: Request) -> Card:
         """What the bundle's defences were found to be worth when it was evaluated."""
         service.authorize(request, "predict")
@@ -76,14 +90,12 @@ def _add_descriptions(app: FastAPI, service: Service) -> None:
 
 
 def _add_health(app: FastAPI, service: Service) -> None:
-    @app.head("/livez", include_in_schema=False)
-    @app.get("/livez", tags=["health"], responses=responses(path="/livez"))
+    @app.get("/livez", tags=["health"], responses=responses(path="/livez", example={"status": "alive"}))
     async def livez() -> dict[str, str]:
         """The process runs."""
         return {"status": "alive"}
 
-    @app.head("/readyz", include_in_schema=False)
-    @app.get("/readyz", tags=["health"], responses=responses(path="/readyz"))
+    @app.get("/readyz", tags=["health"], responses=responses(path="/readyz", example={"status": "ready"}))
     async def readyz() -> dict[str, str]:
         """The bundle is verified, one warm adaptation has run, the engine lives, and the service is not draining."""
         service.require_ready()
@@ -92,7 +104,7 @@ def _add_health(app: FastAPI, service: Service) -> None:
     @app.get(
         "/metrics",
         tags=["health"],
-        responses=responses(*KEY_ERRORS, path="/metrics"),
+        responses=responses(*KEY_ERRORS, path="/metrics", example=examples.METRICS),
         response_class=Response,
         dependencies=service.access.dependencies,
     )

@@ -36,7 +36,7 @@ _SHORT_BYTES = 65_536
 _MAX_JSON_EXTRAS = 4096
 """Lists, objects and commas in JSON beside one for each image: of its options, and of what is to be told wrong."""
 _Result = TypeVar("_Result")
-_ALLOWED = "allowed: image/png, image/jpeg, image/webp, multipart/form-data, application/json"
+_ALLOWED = "allowed: image/*, application/octet-stream, multipart/form-data, application/json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +57,10 @@ def media_type_of(request: Request) -> str:
 async def read_upload(request: Request, options: PredictOptions, settings: Settings) -> Upload:
     """Reads the body in whichever form it has. Raises Problem for what cannot be used."""
     media_type = media_type_of(request)
-    if media_type not in (*RAW_TYPES, "multipart/form-data", "application/json"):
-        raise Problem(415, f"content type {media_type or '(none)'!r} is not taken; {_ALLOWED}")
+    named = (*RAW_TYPES, "multipart/form-data", "application/json")
+    # Of an image its own first bytes say which kind it is.
+    if media_type not in named and not media_type.startswith("image/"):
+        raise Problem(415, f"content type {media_type[:80] or '(none)'!r} is not taken; {_ALLOWED}")
     body = await read_body(request, settings)
     if not body:
         raise Problem(400, "the body is empty; send an image")
@@ -176,6 +178,14 @@ async def read_body(request: Request, settings: Settings, *, max_bytes: int | No
     return b"".join(chunks)
 
 
+def parse_json(body: bytes) -> Any:
+    """What it says. Raises Problem 400 where it is not JSON."""
+    try:
+        return from_json(body)
+    except ValueError as error:
+        raise Problem(400, f"body: Invalid JSON: {error}") from error
+
+
 def _from_json(body: bytes, request: Request, settings: Settings) -> Upload:
     if request.query_params:
         raise Problem(422, "with a JSON body, options are JSON fields; seen: query parameters")
@@ -184,10 +194,7 @@ def _from_json(body: bytes, request: Request, settings: Settings) -> Upload:
         raise Problem(
             413, f"too many lists, objects and elements in JSON; send at most {settings.max_images} images and options"
         )
-    try:
-        fields = from_json(body)
-    except ValueError as error:
-        raise Problem(400, f"body: Invalid JSON: {error}") from error
+    fields = parse_json(body)
     # Before pydantic, which collects one error for every wrong element: minutes for a body of a few megabytes.
     if not isinstance(fields, dict):
         raise Problem(422, f"body: Input should be an object; seen: {type(fields).__name__}")

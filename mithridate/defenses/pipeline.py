@@ -28,7 +28,7 @@ from mithridate.defenses.rmc_scopes import RMCOptions
 from mithridate.defenses.sampled import Sampled
 from mithridate.defenses.sap import Pruner, SAPConfig
 from mithridate.defenses.tta import TTAConfig, Views
-from mithridate.errors import OptionError
+from mithridate.errors import OptionError, UnknownDefenceError
 
 DEFAULT_DEFENCES = ("none", "rmc", "webnn", "deepnn")
 """What a service offers unless told otherwise. Not ``rmc:scope=all``: one request of it keeps all others waiting."""
@@ -218,7 +218,7 @@ def _read_stage(text: str) -> _Stage:
         return _Stage(family=name, options=None)
     found = _FIRST.get(name) or _LAST.get(name) or _ALONE.get(name)
     if found is None:
-        raise OptionError(unknown("defence", name, NAMES))
+        raise UnknownDefenceError(unknown("defence", name, NAMES))
     return _Stage(family=name, options=fill(found.config, options, of=name))
 
 

@@ -53,7 +53,6 @@ def add_page(app: FastAPI, service: Service) -> None:
     if not service.settings.page:
         return
     page = Page(service)
-    app.head("/", include_in_schema=False)(page.show)
     app.get("/", include_in_schema=False)(page.show)
     app.post("/", include_in_schema=False)(page.post)
     app.get("/page/about", include_in_schema=False)(page.about)

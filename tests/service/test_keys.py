@@ -63,6 +63,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def test_every_route_asks_for_its_scope(keyed: Keyed, route: str) -> None:
     scope = ROUTES[route]
     check_problem(keyed.client.get(route), 401, "a key is needed")
+    assert keyed.client.head(route).status_code == 401
     for name, key in keyed.keys.items():
         may = name in (scope, "all") or (scope == "predict" and name in ("choose-defense", "explain"))
         may = may or (scope == "metrics" and name == "admin")

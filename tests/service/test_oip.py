@@ -202,6 +202,19 @@ def test_the_defence_is_the_one_named(client: TestClient, adversarial: list[byte
         check_like(outputs(response), native)
 
 
+def test_what_other_servers_clients_send_by_themselves_is_taken(
+    client: TestClient, pixels: Any, native: list[dict[str, Any]]
+) -> None:
+    body = request(pixels.tolist(), id=None, parameters=None, outputs=None)
+    body["inputs"][0]["parameters"] = None
+    check_like(outputs(client.post(INFER, json=body)), native)
+    body["inputs"][0]["parameters"] = {"content_type": "np", "binary_data_size": None}
+    body["outputs"] = [{"name": "label", "parameters": None}]
+    sequence = {"sequence_id": 0, "sequence_start": False, "sequence_end": False}
+    body["parameters"] = {"content_type": "np", "priority": 3, "timeout": 0, "layout": None, **sequence}
+    assert outputs(client.post(INFER, json=body))["label"].tolist() == [row["label"] for row in native]
+
+
 @pytest.mark.parametrize(
     ("body", "says"),
     [
@@ -234,6 +247,11 @@ def test_the_defence_is_the_one_named(client: TestClient, adversarial: list[byte
         (request([0] * 256, parameters={"defence": "none"}), ("parameters.defence", "allowed: defense, deadline_ms")),
         (request([0] * 256, parameters={"defense": "strong"}), ("unknown defence 'strong'",)),
         (request([0] * 256, parameters={"layout": "CHWN"}), ("NCHW",)),
+        (request([0] * 256, parameters={"defence": None}), ("parameters.defence",)),
+        (request([0] * 256, parameters={"timeout": -1}), ("parameters.timeout", "greater than or equal to 0")),
+        (request([0] * 256, parameters={"timeout": 0.5}), ("parameters.timeout", "integer")),
+        (request([0] * 256, parameters={"sequence_id": "s"}), ("keeps no state between requests",)),
+        (request([0] * 256, parameters={"sequence_start": True}), ("keeps no state between requests",)),
         (binary(7), ("0 bytes of binary data", "7")),
     ],
 )  # fmt: skip
@@ -269,8 +287,26 @@ def test_addresses_that_are_not_there(client: TestClient) -> None:
     check_error(client.get(f"/v2/models/{MODEL}/versions/1"), 404, "'1'")
     check_error(client.post(f"/v2/models/{MODEL}/versions/1/infer", json={}), 404, "'1'")
     check_error(client.get("/v2/nothing"), 404)
-    check_error(client.get(INFER.replace("infer", "versions/1/infer")), 404)
-    check_error(client.delete(f"/v2/models/{MODEL}"), 405)
+
+
+def test_the_methods_of_an_address(client: TestClient) -> None:
+    """A model's name may have slashes: what ends in /infer is nevertheless no model's own address."""
+    for path in (INFER, INFER.replace("infer", "versions/1/infer"), "/v2/models/a/b/infer"):
+        for method in ("GET", "HEAD", "DELETE"):
+            refused = client.request(method, path)
+            assert (refused.status_code, refused.headers["allow"]) == (405, "POST")
+    check_error(client.get(INFER), 405, "Method Not Allowed")
+    for path in (
+        f"/v2/models/{MODEL}",
+        f"/v2/models/{MODEL}/ready",
+        f"/v2/models/{MODEL}/versions/1",
+        "/v2/health/live",
+    ):
+        refused = client.delete(path)
+        check_error(refused, 405)
+        assert refused.headers["allow"] == "GET, HEAD"
+    check_error(client.get("/v2/models/infer"), 404, "'infer'")
+    check_error(client.get("/v2/models/a/b"), 404, "'a/b'")
 
 
 def test_the_limits_of_a_request(serving: Serving, pixels: Any) -> None:
@@ -327,6 +363,9 @@ def test_the_examples_of_the_documentation_work(client: TestClient) -> None:
     assert labels[0]["label"] == labels[2]["label"] == ["4"]
     assert re.fullmatch(r"0\.\d{6}:4:4", labels[1]["scores"][0][0])
     assert found[0].json()["id"] == "42"
+    command = described["requestBody"]["content"]["application/octet-stream"]["examples"]["pixels"]["description"]
+    text = re.findall("json='(.*?)'", command, re.DOTALL)[0]
+    assert outputs(send_binary(client, json.loads(text), bytes(64)))["label"].shape == (1,)
     for status in ("400", "404", "413", "429", "503", "504"):
         example = described["responses"][status]["content"]["application/json"]["example"]
         assert set(example) == {"error"}

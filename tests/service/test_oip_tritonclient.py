@@ -108,6 +108,18 @@ def test_outputs_version_id_and_defence(asking: Any, pixels: Any, native: list[d
     assert [text.decode().split(":")[2] for text in found[:, 0].tolist()] == [row["label"] for row in native]
 
 
+def test_its_other_arguments(asking: Any, pixels: Any, native: list[dict[str, Any]]) -> None:
+    sent = [tensor(pixels, "UINT8")]
+    check_like(asking.infer(MODEL, sent, timeout=20_000_000, priority=2, sequence_id=0), native)
+    late = {"timeout": 1, "parameters": {"deadline_ms": 20_000}}
+    stateful = {"sequence_id": 7, "sequence_start": True}
+    for options, status, says in ((late, "504", "deadline"), (stateful, "400", "keeps no state between requests")):
+        with pytest.raises(triton.InferenceServerException) as raised:
+            asking.infer(MODEL, sent, **options)
+        assert raised.value.status() == status
+        assert says in raised.value.message()
+
+
 def test_many_at_once(asking: Any, server: ServerProcess, pixels: Any, native: list[dict[str, Any]]) -> None:
     url = server.url.removeprefix("http://")
     with triton.InferenceServerClient(url, concurrency=4) as client:

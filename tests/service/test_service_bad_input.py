@@ -118,8 +118,10 @@ FORMS = [
     Case("empty part", 400, "empty", part(b"") + END, FORM),
     Case("cut off in the second part", 400, "multipart", part(SMALL) + part(SMALL)[:-30], FORM),
 ]
+SERVED = "deepnn, none, rmc, webnn"
 OPTIONS = [
-    Case("unknown defence", 422, "did you mean 'rmc'", SMALL, query={"defense": "rmcc"}),
+    Case("unknown defence", 422, "(did you mean 'rmc'?); allowed: " + SERVED, SMALL, query={"defense": "rmcc"}),
+    Case("unknown stage", 422, "'prm+rmcc'; allowed: " + SERVED, SMALL, query={"defense": "prm+rmcc"}),
     Case("empty defence", 422, "allowed: ", SMALL, query={"defense": ""}),
     Case("malformed defence", 422, "name:key=value", SMALL, query={"defense": "rmc:neighbors"}),
     Case("unknown option of a defence", 422, "neighbours", SMALL, query={"defense": "rmc:neighbours=3"}),
@@ -140,8 +142,9 @@ BODIES = [
     Case("nothing as a form", 400, "empty", b"", FORM),
     Case("too many bytes", 413, f"larger than {MAX_BYTES} bytes", bytes(MAX_BYTES + 1)),
     Case("html", 415, "text/html", b"<p>", "text/html"),
-    Case("image/gif", 415, "allowed: image/png", SMALL, "image/gif"),
-    Case("urlencoded", 415, "allowed: image/png", b"a=b", "application/x-www-form-urlencoded"),
+    Case("a gif as image/gif", 415, "JPEG, PNG and WebP", save(NOISE, "GIF"), "image/gif"),
+    Case("urlencoded", 415, "allowed: image/*, application/octet-stream", SMALL, "application/x-www-form-urlencoded"),
+    Case("endless content type", 415, "kkk", SMALL, "k" * 9000),
     Case("no content type", 415, "(none)", SMALL, None),
 ]
 CASES = [*IMAGES, *JSON_BODIES, *FORMS, *OPTIONS, *BODIES]
@@ -195,6 +198,10 @@ def test_the_last_of_two_json_fields_of_one_name_counts(small: TestClient, clean
 
 def test_elsewhere(small: TestClient) -> None:
     check_problem(small.get("/v1/nothing"), 404)
+    for path in ("/v1/predict/", "/docs/", "/livez/"):
+        nowhere = small.post(path, headers={"Host": "evil.example"}, follow_redirects=False)
+        check_problem(nowhere, 404)
+        assert "location" not in nowhere.headers
     check_problem(small.post("/nothing"), 404)
     response = small.get("/v1/predict")
     check_problem(response, 405)
@@ -222,6 +229,13 @@ def test_unusual_but_usable(small: TestClient, clean: list[bytes]) -> None:
     assert predictions(post(small, save(grey.convert("P"), "PNG"), top_k=10)) == expected
     cmyk = save(grey.convert("CMYK"), "JPEG", quality=95)
     assert predictions(post(small, cmyk))[0]["label"] == expected[0]["label"]
+
+
+@pytest.mark.parametrize("declared", ["image/gif", "image/jpeg", "image/x-anything", "IMAGE/PNG; q=1", "image/"])
+def test_the_content_decides_and_not_what_is_declared(
+    small: TestClient, good: Any, clean: list[bytes], declared: str
+) -> None:
+    assert predictions(post(small, clean[0], media_type=declared, top_k=10, explain=True)) == good
 
 
 def test_exif_orientation_is_applied(small: TestClient, clean: list[bytes]) -> None:

@@ -284,10 +284,14 @@ def test_who_may_not(here: tuple[TestClient, Shelf], client: TestClient) -> None
     app: Any = mine.app
     stranger = TestClient(app, base_url="http://localhost", client=("10.0.0.1", 1), raise_server_exceptions=False)
     check_problem(stranger.get("/admin/bundle"), 403)
-    for body in ({}, {"path": ""}, {"path": 3}, {"path": "words", "force": True}, ["words"]):
+    for body, seen in (({"path": ""}, '""'), ({"path": None}, "null"), ({"path": {"a\n": True}}, '{"a\\n": true}')):
+        check_problem(mine.post("/admin/bundle", json=body), 422, "body.path", f"seen: {seen}")
+    for body in ({}, {"path": "words", "force": True}, ["words"]):
         check_problem(mine.post("/admin/bundle", json=body), 422, "body")
     json_type = {"Content-Type": "application/json"}
-    check_problem(mine.post("/admin/bundle", content=b'{"path":\n"\xff', headers=json_type), 422, "Invalid JSON")
+    for text in (b"{", b"", b"hello", b'{"path":\n"\xff'):
+        refused = mine.post("/admin/bundle", content=text, headers=json_type)
+        assert "b'" not in check_problem(refused, 400, "Invalid JSON")["detail"]
     check_problem(mine.post("/admin/bundle", content=b'{"path":"words"}'), 415, "application/json")
     check_problem(swap(mine, 9000 * "x"), 413, "larger than 8192 bytes")
 
