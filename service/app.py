@@ -92,13 +92,18 @@ class Service:
 
     @property
     def ready(self) -> bool:
-        """Whether it takes requests."""
-        return self.engine.loaded is not None and self.failure is None and not self.draining
+        """Whether whoever balances the load should send requests here."""
+        return self.answering and not self.draining
+
+    @property
+    def answering(self) -> bool:
+        """Whether it answers requests to predict, as it does to the end of a drain."""
+        return self.engine.loaded is not None and self.failure is None
 
     def no_room(self, coming: int = 0) -> Problem | None:
         """What a request to predict that comes now is refused with, whatever it wants, with ``coming`` others on their
         way; None where there is room."""
-        return self.admission.no_room(coming) if self.ready else None
+        return self.admission.no_room(coming) if self.answering else None
 
     async def load(self) -> None:
         """Loads the bundle; afterwards the service is ready, or ``failure`` says why it never will be."""

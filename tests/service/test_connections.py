@@ -95,7 +95,10 @@ def ended_after(connection: socket.socket) -> float:
 
 @contextmanager
 def serve(
-    limits: ConnectionLimits = LIMITS, keep_alive_s: int = 60, turn_away: TurnAway = read_all
+    limits: ConnectionLimits = LIMITS,
+    keep_alive_s: int = 60,
+    turn_away: TurnAway = read_all,
+    drain_timeout_s: int = 3,
 ) -> Iterator[Served]:
     routes = [
         Route("/", _count, methods=["GET", "POST"]),
@@ -105,8 +108,9 @@ def serve(
     ]
     protocol: Any = guarded(limits, turn_away)
     config = uvicorn.Config(
-        Starlette(routes=routes), http=protocol, ws="none", log_config=None, timeout_keep_alive=keep_alive_s,
-        h11_max_incomplete_event_size=limits.max_header_bytes, timeout_graceful_shutdown=1, lifespan="off",
+        Starlette(routes=routes), http=protocol, ws="none", lifespan="off", log_config=None,
+        timeout_keep_alive=keep_alive_s, timeout_graceful_shutdown=drain_timeout_s,
+        h11_max_incomplete_event_size=limits.max_header_bytes,
     )  # fmt: skip
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(config)
@@ -301,14 +305,16 @@ NO = b"HTTP/1.1 429 No\r\nContent-Length: 2\r\n\r\nno"
 
 
 class Doorman:
-    """Turns away every KNOCK that it is shown whole, and remembers what it was shown."""
+    """Turns away every KNOCK that it is shown whole, and remembers what it was shown and told."""
 
     def __init__(self) -> None:
         self.shown: list[bytes] = []
+        self.told: list[bool] = []
 
-    def __call__(self, data: bytes, client: tuple[str, int] | None) -> bytes | None:
+    def __call__(self, data: bytes, client: tuple[str, int] | None, last: bool) -> bytes | None:
         assert client is not None
         self.shown.append(data)
+        self.told.append(last)
         return NO if data == KNOCK else None
 
 
@@ -381,7 +387,7 @@ def test_who_is_turned_away_and_then_idle_is_closed() -> None:
         assert served.guard.ended["idle"] == 1
 
 
-def test_a_server_that_ends_does_not_wait_for_who_was_turned_away() -> None:
+def test_a_server_that_ends_does_not_wait_long_for_who_was_turned_away() -> None:
     with serve(turn_away=Doorman()) as served:
         connection = served.connect(KNOCK)
         assert answer(connection) == NO
@@ -389,3 +395,90 @@ def test_a_server_that_ends_does_not_wait_for_who_was_turned_away() -> None:
     assert time.monotonic() - started < 5
     assert connection.recv(10) == b""
     connection.close()
+
+
+# A server that drains, and one that ends
+
+
+def check_last(connection: socket.socket) -> None:
+    """One answer arrives, which says that there will be no other, and then the connection is closed."""
+    found = answer(connection)
+    assert status(found) in (200, 413), found
+    assert b"connection: close\r\n" in found.partition(b"\r\n\r\n")[0].lower() + b"\r\n"
+    assert connection.recv(10) == b""
+
+
+def test_while_a_server_drains_each_answer_is_the_last_on_its_connection() -> None:
+    doorman = Doorman()
+    with serve(turn_away=doorman) as served, ExitStack() as opened:
+        idle, busy, turned_away = (opened.enter_context(closing(served.connect(GET))) for _ in range(3))
+        for connection in (idle, busy, turned_away):
+            assert b"connection:" not in answer(connection).lower()
+        busy.sendall(GET.replace(b"/", b"/slow", 1))
+        wait_until(lambda: len(doorman.shown) == 4)
+        served.guard.draining = True
+        check_last(busy)
+        idle.sendall(GET)
+        check_last(idle)
+        turned_away.sendall(KNOCK)
+        assert answer(turned_away) == NO
+        assert turned_away.recv(10) == b""
+        assert doorman.told == [False, False, False, False, True, True]
+        with closing(served.connect(GET)) as fresh:  # the port is open
+            check_last(fresh)
+
+
+def test_the_last_answer_is_not_cut_off_by_a_body_that_is_still_coming() -> None:
+    """What a closed connection receives is answered with a reset, which takes along what was not read yet."""
+    with serve() as served:
+        served.guard.draining = True
+        with closing(served.connect(POST.replace(b"/", b"/refuse", 1))) as connection:
+            wait_until(lambda: served.open() == 1)
+            time.sleep(SHORT)
+            for _ in range(10):
+                assert send(connection, b"1000\r\n" + b"x" * 4096 + b"\r\n")
+                time.sleep(SHORT / 10)
+            check_last(connection)
+        wait_until(lambda: served.open() == 0)
+        assert not served.guard.waiting
+
+
+def test_a_client_that_goes_on_after_the_last_answer_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.connections._LATE_BODY_S", SHORT)
+    with serve() as served:
+        served.guard.draining = True
+        with closing(served.connect(POST.replace(b"/", b"/refuse", 1))) as connection:
+            started = time.monotonic()
+            while send(connection, b"1000\r\n" + b"x" * 4096 + b"\r\n"):
+                assert time.monotonic() - started < 20 * SHORT
+                time.sleep(SHORT / 10)
+
+
+def test_who_is_idle_when_the_port_is_closed_may_ask_once_more() -> None:
+    with serve() as served, ExitStack() as opened:
+        asking, silent, fresh = (opened.enter_context(closing(served.connect())) for _ in range(3))
+        for connection in (asking, silent):
+            connection.sendall(GET)
+            assert status(answer(connection)) == 200
+        wait_until(lambda: served.open() == 3)
+        served.server.should_exit = True
+        closed = time.monotonic()
+        wait_until(lambda: served.guard.leaving)
+        with pytest.raises(ConnectionRefusedError):
+            served.connect()
+        for connection in (asking, fresh):
+            connection.sendall(GET)
+            check_last(connection)
+        assert silent.recv(10) == b""
+        assert 0.9 < time.monotonic() - closed < 5
+
+
+def test_a_request_that_has_begun_to_arrive_when_the_port_is_closed_is_answered() -> None:
+    limits = ConnectionLimits(max_connections=20, header_timeout_s=10, max_headers=30, max_header_bytes=4096)
+    with serve(limits, drain_timeout_s=10) as served, closing(served.connect(GET[:20])) as connection:
+        wait_until(lambda: served.open() == 1)
+        served.server.should_exit = True
+        wait_until(lambda: served.guard.leaving)
+        time.sleep(1.3)
+        connection.sendall(GET[20:])
+        check_last(connection)
