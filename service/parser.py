@@ -1,7 +1,12 @@
-"""h11's parser, held to limits: what is large or in crumbs is refused."""
+"""h11's parser, stricter: what it reads can be read in one way, and what is large or in crumbs is refused.
+
+Follows RFC 9112 where h11 is lenient or leaves it to others: two framings of one body (6.1), other versions of the
+protocol (2.3), targets with scheme and authority (3.2.2).
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +15,15 @@ import h11
 _CRUMBS, _CRUMB_BYTES = 4096, 64
 """A body in more pieces than this must have at least so many bytes a piece."""
 
+_VERSIONS = (b"1.1", b"1.0")
+_FRAMINGS = (b"content-length", b"transfer-encoding")
 _CLOSE = (b"connection", b"close")
+
+_ABSOLUTE = re.compile(rb"https?://", re.IGNORECASE)
+_PARTS = re.compile(
+    rb"https?://(?P<authority>(?:\[[0-9A-F:.]+\]|[A-Z0-9._~-]+)(?::[0-9]*)?)(?P<rest>(?:[/?].*)?)", re.IGNORECASE
+)
+"""Nobody may be named before the host: what stands before an @ is how one name is made to look like another."""
 
 
 class Parser(h11.Connection):
@@ -48,4 +61,24 @@ class Parser(h11.Connection):
         size = len(request.target) + sum(len(name) + len(value) + 4 for name, value in headers)
         if size > self._max_header_bytes or len(headers) > self._max_headers:
             raise h11.RemoteProtocolError("too many headers", error_status_hint=431)
-        return request
+        if request.http_version not in _VERSIONS:
+            seen = request.http_version.decode("ascii")
+            raise h11.RemoteProtocolError(f"HTTP/{seen}; allowed: HTTP/1.1, HTTP/1.0")
+        if len({name for name, _ in headers if name in _FRAMINGS}) > 1:
+            raise h11.RemoteProtocolError("Content-Length beside Transfer-Encoding; allowed: one of them")
+        return _from_origin(request, headers) if _ABSOLUTE.match(request.target) else request
+
+
+def _from_origin(request: h11.Request, headers: list[tuple[bytes, bytes]]) -> h11.Request:
+    """The same request without scheme and authority; the latter takes the place of ``Host``, whatever that said, so
+    that whoever looks at names finds the one that counts."""
+    parts = _PARTS.fullmatch(request.target)
+    if parts is None:
+        raise h11.RemoteProtocolError("the target's authority; allowed: a name or an address, and a port")
+    rest = parts["rest"]
+    return h11.Request(
+        method=request.method,
+        target=rest if rest.startswith(b"/") else b"/" + rest,
+        headers=[*(header for header in headers if header[0] != b"host"), (b"host", parts["authority"])],
+        http_version=request.http_version,
+    )

@@ -30,6 +30,9 @@ LIMITS = ConnectionLimits(
 
 
 async def _count(request: Request) -> Response:
+    if "x-echo" in request.headers:
+        target = request.url.path + (f"?{request.url.query}" if request.url.query else "")
+        return PlainTextResponse(f"{request.headers['host']} {target}")
     return PlainTextResponse(str(len(await request.body())))
 
 
@@ -105,6 +108,7 @@ def serve(
         Route("/refuse", _refuse, methods=["POST"]),
         Route("/slow", _slow),
         Route("/large", _large),
+        Route("/{path:path}", _count),
     ]
     protocol: Any = guarded(limits, turn_away)
     config = uvicorn.Config(
@@ -191,6 +195,68 @@ def check_refused(found: bytes, code: int, says: str) -> None:
     assert set(document) == {"type", "title", "status", "detail", "instance", "request_id"}
     assert document["status"] == code
     assert says in document["detail"]
+
+
+def test_a_body_of_two_lengths_is_refused_and_nothing_behind_it_is_a_request(served: Served) -> None:
+    """Whoever stands between may have taken the other one for it (RFC 9112, 6.1)."""
+    both = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
+    with closing(served.connect(both + GET)) as connection:
+        found = b""
+        while more := connection.recv(65536):
+            found += more
+    check_refused(found, 400, "Content-Length beside Transfer-Encoding")
+
+
+@pytest.mark.parametrize("version", [b"2.0", b"1.2", b"0.9", b"9.9"])
+def test_another_version_is_refused(served: Served, version: bytes) -> None:
+    check_refused(served.ask(GET.replace(b"1.1", version)), 400, f"HTTP/{version.decode()}; allowed: HTTP/1.1")
+
+
+def test_the_version_before_is_taken_for_one_request(served: Served) -> None:
+    with closing(served.connect(b"GET / HTTP/1.0\r\n\r\n")) as connection:
+        check_last(connection)
+
+
+def test_a_bare_line_feed_ends_a_line(served: Served) -> None:
+    """As RFC 9112, 2.2 allows; docs/input.md says so."""
+    assert status(served.ask(GET.replace(b"\r\n", b"\n"))) == 200
+
+
+@pytest.mark.parametrize(
+    ("target", "host", "path"),
+    [
+        (b"http://localhost/where?a=b", b"localhost", b"/where?a=b"),
+        (b"HTTPS://[::1]:8000/where", b"[::1]:8000", b"/where"),
+        (b"http://evil.example/where", b"evil.example", b"/where"),
+        (b"http://localhost.", b"localhost.", b"/"),
+        (b"http://localhost:80?a", b"localhost:80", b"/?a"),
+        (b"http://localhost//evil.example/x", b"localhost", b"//evil.example/x"),
+    ],
+)
+def test_a_target_with_an_authority_is_taken_and_names_the_host(
+    served: Served, target: bytes, host: bytes, path: bytes
+) -> None:
+    """RFC 9112, 3.2.2: what the header says does not count then."""
+    found = served.ask(b"GET %b HTTP/1.1\r\nHost: x\r\nX-Echo: yes\r\n\r\n" % target)
+    assert found.endswith(b"\r\n\r\n%b %b" % (host, path))
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        b"http://",
+        b"http:///path",
+        b"http://localhost@evil.example/",
+        b"http://evil.example@localhost/",
+        b"http://localhost\\@evil.example/",
+        b"http://localhost%00.evil.example/",
+        b"http://localhost:x/",
+        b"http://localhost#/",
+        b"http://[::1/",
+    ],
+)
+def test_an_authority_that_could_be_read_in_two_ways_is_refused(served: Served, target: bytes) -> None:
+    check_refused(served.ask(b"GET %b HTTP/1.1\r\nHost: x\r\n\r\n" % target), 400, "the target's authority")
 
 
 HEADERS = {
