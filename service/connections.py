@@ -31,7 +31,7 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from service.parser import Parser
-from service.problems import MEDIA_TYPE, document
+from service.problems import MEDIA_TYPE, NOSNIFF, document
 from service.settings import Settings
 
 _LINGER_S = 1.0
@@ -337,6 +337,7 @@ class _Answering:
 
 def _answer(status: int, detail: str, *, retry: bool) -> bytes:
     body = json.dumps(document(status, detail, "", "")).encode()
-    line = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}"
-    head = f"{line}\r\nContent-Type: {MEDIA_TYPE}\r\nContent-Length: {len(body)}\r\n"
-    return head.encode() + (b"Retry-After: 1\r\n" if retry else b"") + b"Connection: close\r\n\r\n" + body
+    headers = {"Content-Type": MEDIA_TYPE, **NOSNIFF, "Content-Length": len(body), "Connection": "close"}
+    headers |= {"Retry-After": 1} if retry else {}
+    lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}", *(f"{name}: {value}" for name, value in headers.items())]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body

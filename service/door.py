@@ -21,7 +21,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.middleware import log_access
-from service.problems import MEDIA_TYPE, Problem, document, respond
+from service.problems import MEDIA_TYPE, NOSNIFF, Problem, document, respond
 from service.record import identify
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ def _write(problem: Problem, now: int, last: bool) -> tuple[bytes, int, bytes, b
     """The answer in parts, around its length and twice its request's id; the number is the length without that."""
     body = json.dumps(document(problem.status, problem.detail, _PATH, "\0"), ensure_ascii=False, separators=(",", ":"))
     before, after = body.encode().split(rb"\u0000")
-    headers = {"date": formatdate(now, usegmt=True), "content-type": MEDIA_TYPE, **problem.headers}
+    headers = {"date": formatdate(now, usegmt=True), "content-type": MEDIA_TYPE, **NOSNIFF, **problem.headers}
     headers |= {"connection": "close"} if last else {}
     lines = [f"HTTP/1.1 {problem.status} {HTTPStatus(problem.status).phrase}"]
     lines += [f"{name}: {value}" for name, value in headers.items()] + ["content-length: "]

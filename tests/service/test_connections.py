@@ -190,6 +190,7 @@ def check_refused(found: bytes, code: int, says: str) -> None:
     head, _, body = found.partition(b"\r\n\r\n")
     assert status(head) == code
     assert b"Content-Type: application/problem+json" in head
+    assert b"X-Content-Type-Options: nosniff" in head
     assert b"Connection: close" in head
     document = json.loads(body)
     assert set(document) == {"type", "title", "status", "detail", "instance", "request_id"}

@@ -70,6 +70,7 @@ def test_it_is_the_answer_of_a_problem(full: Service) -> None:
         "request_id": headers["x-request-id"],
     }
     assert headers["content-type"] == "application/problem+json"
+    assert headers["x-content-type-options"] == "nosniff"
     assert int(headers["retry-after"]) >= 1
     assert headers["date"].endswith(" GMT")
 
