@@ -14,7 +14,7 @@ from fastapi import FastAPI, Request
 
 from mithridate import __version__
 from mithridate.defenses import Prediction
-from mithridate.errors import BudgetExceededError, MithridateError
+from mithridate.errors import BudgetExceededError, InputError, MithridateError
 from service import problems
 from service.access import Access
 from service.admin import add_admin
@@ -70,6 +70,9 @@ class Service:
         self.decoders = DecodePool(max_pixels=settings.max_decoding_pixels)
         self.draining = False
         self.failure: str | None = None
+        """Why there is nothing to serve, and never will be."""
+        self.broken = False
+        """Whether that is the service's own fault, and not what it was given to serve."""
         self.on_failure: Callable[[], None] = lambda: None
         """Called when there is nothing to serve: the bundle cannot be loaded, or the engine has died."""
         self.on_settled: Callable[[], None] = lambda: None
@@ -112,10 +115,10 @@ class Service:
             self.on_settled()
             logger.info("ready")
         except MithridateError as error:
-            self.failure = str(error)
+            self.failure, self.broken = str(error), not isinstance(error, InputError)
         except Exception as error:  # whatever it is: without a bundle there is no service
             logger.exception("loading failed")
-            self.failure = f"loading failed: {type(error).__name__}: {error}"
+            self.failure, self.broken = f"loading failed: {type(error).__name__}: {error}", True
         if self.failure:
             self.on_failure()
 
@@ -134,7 +137,7 @@ class Service:
     def _die(self, error: BaseException) -> None:
         """The engine has ended by itself; one that is a thread says so from there. Better no service than one that
         hangs."""
-        self.failure = f"the engine has stopped: {type(error).__name__}: {error}"
+        self.failure, self.broken = f"the engine has stopped: {type(error).__name__}: {error}", True
         self.on_failure()
 
     def drain(self) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import uvicorn
 
 from mithridate.bundle import Bundle
-from mithridate.errors import OptionError
+from mithridate.errors import MithridateError, OptionError
 from service import garbage, logs
 from service.app import Service, create_app
 from service.connections import Guard, connection_options
@@ -30,10 +30,14 @@ Python's own 5 ms are as long as a small answer takes."""
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
+class BrokenServiceError(MithridateError):
+    """The service has ended by itself: its engine died or hung. Command line: one line on stderr and exit code 1."""
+
+
 def serve(settings: Settings) -> None:
     """Serves until SIGTERM or SIGINT, then drains.
 
-    Raises OptionError where the bundle or the port cannot be used, or where the engine ended while it served.
+    Raises OptionError where the bundle or the port cannot be used, BrokenServiceError where the engine ended by itself.
     """
     if settings.log_level not in LOG_LEVELS:
         raise OptionError(f"log level {settings.log_level!r} is unknown; allowed: {', '.join(LOG_LEVELS)}")
@@ -66,7 +70,7 @@ def serve(settings: Settings) -> None:
     finally:
         garbage.take_back()
     if service.failure:
-        raise OptionError(service.failure)
+        raise (BrokenServiceError if service.broken else OptionError)(service.failure)
 
 
 class _DrainingServer(uvicorn.Server):
