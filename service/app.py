@@ -73,6 +73,7 @@ class Service:
         """Why there is nothing to serve, and never will be."""
         self.broken = False
         """Whether that is the service's own fault, and not what it was given to serve."""
+        self._ending = False
         self.on_failure: Callable[[], None] = lambda: None
         """Called when there is nothing to serve: the bundle cannot be loaded, or the engine has died."""
         self.on_settled: Callable[[], None] = lambda: None
@@ -146,6 +147,7 @@ class Service:
 
     async def close(self) -> None:
         """Ends the engines and the threads."""
+        self._ending = True
         await self.bundles.end()
         await asyncio.to_thread(self.decoders.shutdown)
         await asyncio.to_thread(self.watching.close)
@@ -154,13 +156,17 @@ class Service:
         """What is served, or what ``engine`` serves. Raises Problem 503 while there is nothing."""
         loaded = (engine or self.engine).loaded
         if loaded is None:
-            # What exactly is wrong names files: it is for the operator, who gets it from serve().
-            detail = "still loading the bundle"
-            if self.failure or self.draining:
-                detail = "the bundle cannot be served" if self.failure else "draining"
-            reason: ShedReason = "draining" if self.draining else "not-ready"
+            detail, reason = self._absence()
             raise Problem(503, detail, headers={"Retry-After": "1"}, reason=reason)
         return loaded
+
+    def _absence(self) -> tuple[str, ShedReason]:
+        """Why nothing is loaded, for a client. What exactly is wrong names files: serve() tells it to the operator."""
+        if self.bundles.current is not None and not self._ending:  # there was an engine, and nobody has ended it
+            return "the engine has stopped", "engine-stopped"
+        if self.failure:
+            return "the bundle cannot be served", "not-ready"
+        return ("draining", "draining") if self.draining else ("still loading the bundle", "not-ready")
 
     def require_ready(self) -> Loaded[Any]:
         """What is served, to whoever may go on asking. Raises Problem 503 while there is nothing, and when draining."""
@@ -262,7 +268,8 @@ class Service:
             raise (late if error.reason == "deadline" else left)() from error
         except EngineStoppedError as error:
             said = "the service stopped before there was an answer"
-            raise Problem(503, said, headers={"Retry-After": "1"}, reason="draining") from error
+            reason: ShedReason = "draining" if self._ending else "engine-stopped"
+            raise Problem(503, said, headers={"Retry-After": "1"}, reason=reason) from error
         except MithridateError as error:
             raise to_problem(error) from error
 
