@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from cli import options as shared
+from cli.output import note
 
 
 def serve(
@@ -66,38 +67,45 @@ def serve(
         bool | None, typer.Option("--otel", help="Send OpenTelemetry traces, as the OTEL_* variables say")
     ] = None,
 ) -> None:
-    """Serve a bundle over HTTP. Every setting is also an environment variable, MITHRIDATE_ and its name."""
+    """Serve a bundle over HTTP. Every setting is also an environment variable, MITHRIDATE_ and its name.
+
+    Exit code 1: the engine died, or hung.
+    """
+    from service.server import BrokenServiceError
     from service.server import serve as run
     from service.settings import load_settings
 
     shared.allow_local_code(arch)
-    run(
-        load_settings(
-            config,
-            bundle=bundle,
-            host=host,
-            port=port,
-            defense=defense,
-            offer=tuple(offer) if offer else None,
-            arch=arch,
-            device=device,
-            devices=devices,
-            isolation=isolation,
-            threads=threads,
-            bundle_root=bundle_root,
-            keys_file=keys,
-            insecure_no_keys=insecure_no_keys or None,
-            max_images=max_images,
-            max_batch_images=max_batch_images,
-            queue_size=queue_size,
-            deadline_ms=deadline_ms,
-            drain_seconds=drain_seconds,
-            seed=seed,
-            page=page,
-            page_exemplars=page_exemplars,
-            lab=lab,
-            log_level=log_level,
-            log_format=log_format,
-            otel=otel,
-        )
+    settings = load_settings(
+        config,
+        bundle=bundle,
+        host=host,
+        port=port,
+        defense=defense,
+        offer=tuple(offer) if offer else None,
+        arch=arch,
+        device=device,
+        devices=devices,
+        isolation=isolation,
+        threads=threads,
+        bundle_root=bundle_root,
+        keys_file=keys,
+        insecure_no_keys=insecure_no_keys or None,
+        max_images=max_images,
+        max_batch_images=max_batch_images,
+        queue_size=queue_size,
+        deadline_ms=deadline_ms,
+        drain_seconds=drain_seconds,
+        seed=seed,
+        page=page,
+        page_exemplars=page_exemplars,
+        lab=lab,
+        log_level=log_level,
+        log_format=log_format,
+        otel=otel,
     )
+    try:
+        run(settings)
+    except BrokenServiceError as error:
+        note(f"error: {' '.join(str(error).split())}")
+        raise typer.Exit(1) from error

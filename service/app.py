@@ -14,7 +14,7 @@ from fastapi import FastAPI, Request
 
 from mithridate import __version__
 from mithridate.defenses import Prediction
-from mithridate.errors import BudgetExceededError, MithridateError
+from mithridate.errors import BudgetExceededError, InputError, MithridateError
 from service import problems
 from service.access import Access
 from service.admin import add_admin
@@ -73,6 +73,10 @@ class Service:
         self.decoders = DecodePool(max_pixels=settings.max_decoding_pixels)
         self.draining = False
         self.failure: str | None = None
+        """Why there is nothing to serve, and never will be."""
+        self.broken = False
+        """Whether that is the service's own fault, and not what it was given to serve."""
+        self._ending = False
         self.on_failure: Callable[[], None] = lambda: None
         """Called when there is nothing to serve: the bundle cannot be loaded, or the engine has died."""
         self.on_settled: Callable[[], None] = lambda: None
@@ -95,13 +99,18 @@ class Service:
 
     @property
     def ready(self) -> bool:
-        """Whether it takes requests."""
-        return self.engine.loaded is not None and self.failure is None and not self.draining
+        """Whether whoever balances the load should send requests here."""
+        return self.answering and not self.draining
+
+    @property
+    def answering(self) -> bool:
+        """Whether it answers requests to predict, as it does to the end of a drain."""
+        return self.engine.loaded is not None and self.failure is None
 
     def no_room(self, coming: int = 0) -> Problem | None:
         """What a request to predict that comes now is refused with, whatever it wants, with ``coming`` others on their
         way; None where there is room."""
-        return self.admission.no_room(coming) if self.ready else None
+        return self.admission.no_room(coming) if self.answering else None
 
     async def load(self) -> None:
         """Loads the bundle; afterwards the service is ready, or ``failure`` says why it never will be."""
@@ -110,10 +119,10 @@ class Service:
             self.on_settled()
             logger.info("ready")
         except MithridateError as error:
-            self.failure = str(error)
+            self.failure, self.broken = str(error), not isinstance(error, InputError)
         except Exception as error:  # whatever it is: without a bundle there is no service
             logger.exception("loading failed")
-            self.failure = f"loading failed: {type(error).__name__}: {error}"
+            self.failure, self.broken = f"loading failed: {type(error).__name__}: {error}", True
         if self.failure:
             self.on_failure()
 
@@ -132,7 +141,7 @@ class Service:
     def _die(self, error: BaseException) -> None:
         """The engine has ended by itself; one that is a thread says so from there. Better no service than one that
         hangs."""
-        self.failure = f"the engine has stopped: {type(error).__name__}: {error}"
+        self.failure, self.broken = f"the engine has stopped: {type(error).__name__}: {error}", True
         self.on_failure()
 
     def drain(self) -> None:
@@ -141,6 +150,7 @@ class Service:
 
     async def close(self) -> None:
         """Ends the engines and the threads."""
+        self._ending = True
         await self.bundles.end()
         await asyncio.to_thread(self.decoders.shutdown)
         await asyncio.to_thread(self.watching.close)
@@ -149,13 +159,17 @@ class Service:
         """What is served, or what ``engine`` serves. Raises Problem 503 while there is nothing."""
         loaded = (engine or self.engine).loaded
         if loaded is None:
-            # What exactly is wrong names files: it is for the operator, who gets it from serve().
-            detail = "still loading the bundle"
-            if self.failure or self.draining:
-                detail = "the bundle cannot be served" if self.failure else "draining"
-            reason: ShedReason = "draining" if self.draining else "not-ready"
+            detail, reason = self._absence()
             raise Problem(503, detail, headers={"Retry-After": "1"}, reason=reason)
         return loaded
+
+    def _absence(self) -> tuple[str, ShedReason]:
+        """Why nothing is loaded, for a client. What exactly is wrong names files: serve() tells it to the operator."""
+        if self.bundles.current is not None and not self._ending:  # there was an engine, and nobody has ended it
+            return "the engine has stopped", "engine-stopped"
+        if self.failure:
+            return "the bundle cannot be served", "not-ready"
+        return ("draining", "draining") if self.draining else ("still loading the bundle", "not-ready")
 
     def require_ready(self) -> Loaded[Any]:
         """What is served, to whoever may go on asking. Raises Problem 503 while there is nothing, and when draining."""
@@ -257,7 +271,8 @@ class Service:
             raise (late if error.reason == "deadline" else left)() from error
         except EngineStoppedError as error:
             said = "the service stopped before there was an answer"
-            raise Problem(503, said, headers={"Retry-After": "1"}, reason="draining") from error
+            reason: ShedReason = "draining" if self._ending else "engine-stopped"
+            raise Problem(503, said, headers={"Retry-After": "1"}, reason=reason) from error
         except MithridateError as error:
             raise to_problem(error) from error
 

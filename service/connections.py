@@ -10,6 +10,9 @@ one between two requests). Therefore uvicorn's own protocol is held here to ``Co
 - when all places are taken, whoever has waited longest without a request in hand loses theirs. A client that sends its
   request at once is never in that position for long, so clients that do nothing cannot keep it out. Only where every
   place has a request running is a new connection refused (503).
+
+uvicorn's end is a cut: it closes what is idle just when the next request may be on its way, and tells nobody before.
+Here an answer says that it is the last one (``Guard.draining``), and who is idle may ask once more (``Guard.leaving``).
 """
 
 from __future__ import annotations
@@ -21,28 +24,30 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import h11
 from uvicorn.config import Config
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from service.problems import MEDIA_TYPE, document
+from service.parser import Parser
+from service.problems import MEDIA_TYPE, NOSNIFF, document
 from service.settings import Settings
 
 _LINGER_S = 1.0
 """After a refusal: how long to go on reading, so that the answer is not lost to a reset."""
 _LATE_BODY_S = 5.0
 """After an answer that came before its request's body ended: how long the rest may take."""
-_CRUMBS, _CRUMB_BYTES = 4096, 64
-"""A body in more pieces than this must have at least so many bytes a piece."""
+_GRACE_S = 1.0
+"""After the port was closed: how long a connection without a request in hand may still send one."""
 
 
-TurnAway = Callable[[bytes, tuple[str, int] | None], bytes | None]
-"""The whole answer to what a connection at rest has received from a client; None where it must be read for that."""
+TurnAway = Callable[[bytes, tuple[str, int] | None, bool], bytes | None]
+"""The whole answer to what a connection at rest has received from a client; None where it must be read for that. The
+last argument: whether the connection ends with it, as the answer must say."""
 
 
-def read_all(data: bytes, client: tuple[str, int] | None) -> None:
+def read_all(data: bytes, client: tuple[str, int] | None, last: bool) -> None:
     """Turns nobody away."""
 
 
@@ -57,7 +62,7 @@ class ConnectionLimits:
     write_timeout_s: float = 30.0
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Guard:
     """What all connections of one server share."""
 
@@ -67,6 +72,10 @@ class Guard:
     """Connections without a request in hand, the one that has been so longest first."""
     ended: Counter[str] = field(default_factory=Counter)
     """How many were ended here, by reason."""
+    draining: bool = False
+    """Whether each answer is the last one on its connection, and says so."""
+    leaving: bool = False
+    """Whether the port is closed: who is idle goes, after a moment in which a request that is on its way arrives."""
 
 
 def connection_options(settings: Settings, turn_away: TurnAway = read_all) -> dict[str, Any]:
@@ -94,29 +103,6 @@ def guarded(limits: ConnectionLimits, turn_away: TurnAway = read_all) -> type[Gu
     return Protocol
 
 
-class _Bounded(h11.Connection):
-    """A parser that also counts: h11 bounds only what is incomplete, and a flood may arrive in one piece."""
-
-    def __init__(self, limits: ConnectionLimits) -> None:
-        super().__init__(h11.SERVER, limits.max_header_bytes)
-        self._limits = limits
-        self._pieces = self._bytes = 0
-
-    def next_event(self) -> Any:
-        event = super().next_event()
-        if isinstance(event, h11.Request):
-            self._pieces = self._bytes = 0
-            size = len(event.target) + sum(len(name) + len(value) + 4 for name, value in event.headers)
-            if size > self._limits.max_header_bytes or len(event.headers) > self._limits.max_headers:
-                raise h11.RemoteProtocolError("too many headers", error_status_hint=431)
-        elif isinstance(event, h11.Data):
-            self._pieces += 1
-            self._bytes += len(event.data)
-            if self._pieces > _CRUMBS and self._bytes < _CRUMB_BYTES * self._pieces:
-                raise h11.RemoteProtocolError("body in crumbs")
-        return event
-
-
 class GuardedProtocol(H11Protocol):
     """uvicorn's HTTP/1.1, held to ``guard.limits``. Always h11: whether httptools is installed changes nothing."""
 
@@ -124,11 +110,17 @@ class GuardedProtocol(H11Protocol):
 
     def __init__(self, config: Config, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
-        self.conn = _Bounded(self.guard.limits)
+        limits = self.guard.limits
+        self.conn = Parser(
+            max_headers=limits.max_headers,
+            max_header_bytes=limits.max_header_bytes,
+            last=lambda: self.guard.draining,
+        )
+        self._answering = cast(asyncio.Transport, _Answering(self))
         self._timer: asyncio.TimerHandle | None = None
         self._awaited = ""
         self._writing: asyncio.TimerHandle | None = None
-        self._refused = False
+        self._over = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -140,7 +132,7 @@ class GuardedProtocol(H11Protocol):
                 return
             oldest.give_up_place()
         self.guard.waiting[self] = None
-        self._await("headers")
+        self._await("request" if self.guard.leaving else "headers")
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.guard.waiting.pop(self, None)
@@ -150,14 +142,18 @@ class GuardedProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self._refused:
+        if self._over:
             return
-        answer = self.guard.turn_away(data, self.client) if self._at_rest else None
+        last = self.guard.draining
+        answer = self.guard.turn_away(data, self.client, last) if self._at_rest else None
         if answer is None:
             super().data_received(data)
             return
         self._unset_keepalive_if_required()
         self.transport.write(answer)
+        if last:
+            self.end()
+            return
         self.guard.waiting.pop(self, None)  # it has just asked: it waits from now on
         self._stop()
         self._wait()
@@ -174,9 +170,10 @@ class GuardedProtocol(H11Protocol):
 
     def handle_events(self) -> None:
         super().handle_events()
-        if self._refused or self.transport.is_closing():
+        if self._over or self.transport.is_closing():
             return
         if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.transport = self._answering
             self.guard.waiting.pop(self, None)
             self._stop()
         else:
@@ -184,9 +181,30 @@ class GuardedProtocol(H11Protocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        # Else a pipelined request has begun, or there is no other.
+        if self.cycle.response_complete and not self._over and not self.transport.is_closing():
+            self._wait()
+
+    def end(self) -> None:
+        """Closes the connection after its last answer. Where a part of what the client sends was not read, the system
+        would cut the answer off with it: then the rest is read first, and looked at by nobody."""
         if self.transport.is_closing():
-            self._abort_later()
-        elif self.cycle.response_complete and not self._refused:  # no pipelined request has begun
+            return
+        if self.conn.their_state is not h11.SEND_BODY and not self.conn.trailing_data[0]:
+            self.transport.close()
+            self._abort_later()  # where the client does not read
+            return
+        self.guard.waiting.setdefault(self)
+        self.flow.resume_reading()
+        unsent = self.transport.get_write_buffer_size()
+        self._linger(self.guard.limits.write_timeout_s if unsent else _LATE_BODY_S)
+
+    def shutdown(self) -> None:
+        """Called by uvicorn once the port is closed. A request that is being answered, or on its way, is not cut off:
+        answers say that they are the last, and who is idle has a moment left."""
+        self.guard.draining = self.guard.leaving = True
+        if self in self.guard.waiting and not self._over and not self.conn.trailing_data[0]:
+            self._stop()
             self._wait()
 
     def give_up_place(self) -> None:
@@ -241,7 +259,8 @@ class GuardedProtocol(H11Protocol):
         elif what == "headers":
             self._start(self.guard.limits.header_timeout_s, self._headers_late)
         else:
-            self._start(self.timeout_keep_alive, self._idle)
+            usual = self.timeout_keep_alive
+            self._start(min(usual, _GRACE_S) if self.guard.leaving else usual, self._idle)
         self._awaited = what
 
     def _idle(self) -> None:
@@ -264,7 +283,6 @@ class GuardedProtocol(H11Protocol):
         """Answers for uvicorn, whose own answers are not problem documents, and ends the connection."""
         self.guard.ended[str(status)] += 1
         self.guard.waiting.pop(self, None)
-        self._refused = True
         self._unset_keepalive_if_required()
         if self.cycle is not None and not self.cycle.response_complete:  # the request whose body it was
             self.cycle.disconnected = True
@@ -274,16 +292,21 @@ class GuardedProtocol(H11Protocol):
             answered = False
         if not answered:
             self.transport.write(_answer(status, detail, retry=retry))
-        try:
-            self.transport.write_eof() if self.transport.can_write_eof() else self.transport.close()
-        except OSError:  # the client has gone before it was refused
-            self.transport.abort()
+        self._linger(_LINGER_S)
         if len(self.connections) > 2 * self.guard.limits.max_connections:
             self.transport.abort()
-        self._start(_LINGER_S, self.transport.abort)
+
+    def _linger(self, seconds: float) -> None:
+        """Says that no more will be said, and waits for the client to close."""
+        self._over = True
+        try:
+            self.transport.write_eof() if self.transport.can_write_eof() else self.transport.close()
+        except OSError:  # the client has gone before
+            self.transport.abort()
+        self._start(seconds, self.transport.abort)
 
     def _abort_later(self) -> None:
-        self._start(self.guard.limits.write_timeout_s, self.transport.abort)  # where the client does not read
+        self._start(self.guard.limits.write_timeout_s, self.transport.abort)
 
     def _start(self, seconds: float, then: Any) -> None:
         self._stop()
@@ -296,8 +319,25 @@ class GuardedProtocol(H11Protocol):
             self._timer = None
 
 
+class _Answering:
+    """A connection's transport, as uvicorn sees it while a request is answered: closed, it is ended with care."""
+
+    def __init__(self, protocol: GuardedProtocol) -> None:
+        self._protocol = protocol
+
+    def write(self, data: bytes) -> None:
+        self._protocol.transport.write(data)
+
+    def is_closing(self) -> bool:
+        return self._protocol.transport.is_closing()
+
+    def close(self) -> None:
+        self._protocol.end()
+
+
 def _answer(status: int, detail: str, *, retry: bool) -> bytes:
     body = json.dumps(document(status, detail, "", "")).encode()
-    line = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}"
-    head = f"{line}\r\nContent-Type: {MEDIA_TYPE}\r\nContent-Length: {len(body)}\r\n"
-    return head.encode() + (b"Retry-After: 1\r\n" if retry else b"") + b"Connection: close\r\n\r\n" + body
+    headers = {"Content-Type": MEDIA_TYPE, **NOSNIFF, "Content-Length": len(body), "Connection": "close"}
+    headers |= {"Retry-After": 1} if retry else {}
+    lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}", *(f"{name}: {value}" for name, value in headers.items())]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body

@@ -19,7 +19,6 @@ _MEDIA_TYPES = {
     "favicon.png": "image/png",
 }
 _HEADERS = {
-    "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",

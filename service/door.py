@@ -21,7 +21,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.middleware import log_access
-from service.problems import MEDIA_TYPE, Problem, document, respond
+from service.problems import MEDIA_TYPE, NOSNIFF, Problem, document, respond
 from service.record import identify
 
 if TYPE_CHECKING:
@@ -77,9 +77,9 @@ class Door:
         self._let_in = 0
         self._written: tuple[Any, tuple[bytes, int, bytes, bytes]] | None = None
 
-    def turn_away(self, data: bytes, client: tuple[str, int] | None) -> bytes | None:
+    def turn_away(self, data: bytes, client: tuple[str, int] | None, last: bool = False) -> bytes | None:
         """The whole answer to ``data``, all that a connection at rest has received; None where that is not one whole
-        plain request to predict, or where there is room for it."""
+        plain request to predict, or where there is room for it. ``last``: it says that the connection is closed."""
         if not data.startswith(_START) or self._service.watching.tracing.on:  # a span wants what the usual way knows
             return None
         started, named = time.perf_counter(), self._read(data)
@@ -90,7 +90,7 @@ class Door:
             self._let_one_in()
             return None
         identity = identify(named.get(b"x-request-id", b"").decode("ascii"))
-        answer = self._write(problem, identity)
+        answer = self._write(problem, identity, last)
         self._service.metrics.turned_away(problem.reason)
         log_access(
             identity,
@@ -112,12 +112,12 @@ class Door:
     def _all_are_in(self) -> None:
         self._let_in = 0
 
-    def _write(self, problem: Problem, identity: str) -> bytes:
+    def _write(self, problem: Problem, identity: str, last: bool) -> bytes:
         """The same answer is due many times in a second, but for the id."""
         now = int(time.time())
-        key = (now, problem.detail, *problem.headers.items())
+        key = (now, last, problem.detail, *problem.headers.items())
         if self._written is None or self._written[0] != key:
-            self._written = key, _write(problem, now)
+            self._written = key, _write(problem, now, last)
         before, length, middle, after = self._written[1]
         called = identity.encode("ascii")
         return b"%b%d%b%b%b%b%b" % (before, length + len(called), _NAMED, called, middle, called, after)
@@ -138,11 +138,12 @@ class Door:
         return named if whole else None
 
 
-def _write(problem: Problem, now: int) -> tuple[bytes, int, bytes, bytes]:
+def _write(problem: Problem, now: int, last: bool) -> tuple[bytes, int, bytes, bytes]:
     """The answer in parts, around its length and twice its request's id; the number is the length without that."""
     body = json.dumps(document(problem.status, problem.detail, _PATH, "\0"), ensure_ascii=False, separators=(",", ":"))
-    first, last = body.encode().split(rb"\u0000")
-    headers = {"date": formatdate(now, usegmt=True), "content-type": MEDIA_TYPE, **problem.headers}
+    before, after = body.encode().split(rb"\u0000")
+    headers = {"date": formatdate(now, usegmt=True), "content-type": MEDIA_TYPE, **NOSNIFF, **problem.headers}
+    headers |= {"connection": "close"} if last else {}
     lines = [f"HTTP/1.1 {problem.status} {HTTPStatus(problem.status).phrase}"]
     lines += [f"{name}: {value}" for name, value in headers.items()] + ["content-length: "]
-    return "\r\n".join(lines).encode("ascii"), len(first) + len(last), b"\r\n\r\n" + first, last
+    return "\r\n".join(lines).encode("ascii"), len(before) + len(after), b"\r\n\r\n" + before, after

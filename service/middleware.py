@@ -11,16 +11,20 @@ from urllib.parse import quote
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.problems import NOSNIFF
 from service.record import REQUEST_ID, Record, identify, key_id, record_of
 from service.tracing import Tracing
 
 logger = logging.getLogger("mithridate.access")
 
+_EVERYWHERE = [(name.lower().encode(), value.encode()) for name, value in NOSNIFF.items()]
+
 
 class RequestMiddleware:
     """Takes the client's ``X-Request-ID`` where it is plain, else makes one; puts it on the answer and in the log.
 
-    Answers that took phases get them as ``Server-Timing``. ``log_client_address``: whether access lines have it.
+    Every answer forbids browsers to guess its type; those that took phases get them as ``Server-Timing``.
+    ``log_client_address``: whether access lines have it.
     """
 
     def __init__(self, app: ASGIApp, *, tracing: Tracing, log_client_address: bool = False) -> None:
@@ -42,6 +46,7 @@ class RequestMiddleware:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
+                headers.raw.extend(_EVERYWHERE)
                 headers["X-Request-ID"] = identity
                 if record.timings_ms is not None:
                     headers["Server-Timing"] = server_timing(record.timings_ms)

@@ -23,7 +23,10 @@ logger = logging.getLogger("mithridate.service")
 
 MEDIA_TYPE = "application/problem+json"
 
-ShedReason = Literal["queue-full", "cost", "allowance", "memory", "not-ready", "draining", "deadline"]
+NOSNIFF = {"X-Content-Type-Options": "nosniff"}
+"""On every answer: nothing of it is what a browser might take it for instead."""
+
+ShedReason = Literal["queue-full", "cost", "allowance", "memory", "not-ready", "draining", "engine-stopped", "deadline"]
 
 
 class Problem(Exception):
@@ -89,8 +92,9 @@ def install(app: FastAPI) -> None:
 
     async def on_anything(request: Request, error: Exception) -> JSONResponse:
         logger.error("request %s failed", request_id(request), exc_info=error)
-        # This answer passes by the middleware that puts the id on all others.
-        return _response(request, 500, "the server failed to answer", {"X-Request-ID": request_id(request)})
+        # This answer passes by the middleware that puts these on all others.
+        headers = {**NOSNIFF, "X-Request-ID": request_id(request)}
+        return _response(request, 500, "the server failed to answer", headers)
 
     app.add_exception_handler(Problem, on_problem)
     app.add_exception_handler(HTTPException, on_http)

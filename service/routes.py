@@ -37,7 +37,10 @@ def _add_predict(app: FastAPI, service: Service) -> None:
         dependencies=service.access.dependencies,
     )
     async def predict(request: Request, options: Annotated[PredictOptions, Query()]) -> Response:
-        """Classifies images sent as a raw body, as multipart parts named `images`, or as JSON with base64."""
+        """Classifies images sent as a raw body, as multipart parts named `images`, or as JSON with base64.
+
+        While there is no room for another request the answer is 429, before anything of it is looked at, its key too.
+        """
         answer = await service.predict(request, options)
         # Written here: the framework would check it against its own schema once more.
         return Response(answer.model_dump_json(by_alias=True), media_type="application/json")

@@ -8,15 +8,18 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Iterable
+from contextlib import suppress
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
 from mithridate.bundle import Bundle
-from mithridate.errors import OptionError
+from mithridate.errors import MithridateError, OptionError
 from service import garbage, logs
 from service.app import Service, create_app
-from service.connections import connection_options
+from service.connections import Guard, connection_options
 from service.door import Door
 from service.settings import Settings
 
@@ -27,10 +30,14 @@ Python's own 5 ms are as long as a small answer takes."""
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
+class BrokenServiceError(MithridateError):
+    """The service has ended by itself: its engine died or hung. Command line: one line on stderr and exit code 1."""
+
+
 def serve(settings: Settings) -> None:
     """Serves until SIGTERM or SIGINT, then drains.
 
-    Raises OptionError where the bundle or the port cannot be used, or where the engine ended while it served.
+    Raises OptionError where the bundle or the port cannot be used, BrokenServiceError where the engine ended by itself.
     """
     if settings.log_level not in LOG_LEVELS:
         raise OptionError(f"log level {settings.log_level!r} is unknown; allowed: {', '.join(LOG_LEVELS)}")
@@ -40,6 +47,7 @@ def serve(settings: Settings) -> None:
     app = create_app(settings.model_copy(update={"isolation": settings.isolation or "process"}))
     listener = _bind(settings)
     service: Service = app.state.service
+    options = connection_options(settings, Door(service).turn_away)
     config = uvicorn.Config(
         app,
         log_config=None,
@@ -48,9 +56,9 @@ def serve(settings: Settings) -> None:
         server_header=False,
         proxy_headers=False,  # whose address a client has is what the socket says, not a header that anybody can send
         timeout_graceful_shutdown=settings.drain_timeout_s,
-        **connection_options(settings, Door(service).turn_away),
+        **options,
     )
-    server = _DrainingServer(config, service, settings.drain_seconds)
+    server = _DrainingServer(config, service, options["http"].guard, settings.drain_seconds)
     service.on_failure = server.stop
     service.on_settled = garbage.set_aside
     host, port = listener.getsockname()[:2]
@@ -62,15 +70,17 @@ def serve(settings: Settings) -> None:
     finally:
         garbage.take_back()
     if service.failure:
-        raise OptionError(service.failure)
+        raise (BrokenServiceError if service.broken else OptionError)(service.failure)
 
 
 class _DrainingServer(uvicorn.Server):
-    """On the first signal: not ready at once, the port closed after the drain time, running requests answered."""
+    """On the first signal: not ready at once, each answer the last one on its connection, the port closed after the
+    drain time, and whatever was accepted answered."""
 
-    def __init__(self, config: uvicorn.Config, service: Service, drain_seconds: float) -> None:
+    def __init__(self, config: uvicorn.Config, service: Service, guard: Guard, drain_seconds: float) -> None:
         super().__init__(config)
         self._service = service
+        self._guard = guard
         self._drain_seconds = drain_seconds
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -81,19 +91,53 @@ class _DrainingServer(uvicorn.Server):
 
     def stop(self) -> None:
         """Ends the server."""
-        self.should_exit = True
+        self._guard.draining = self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Closes the port first of all. Whoever the system has connected by then is let in: to them that is a
+        connection like any other, and closing would break it."""
+        connected = _accept_all(sockets or (), most=self.config.backlog)
+        for server in self.servers:
+            server.close()
+        self._guard.leaving = True
+        for connection in connected:
+            with suppress(OSError):  # the client has gone again
+                await asyncio.get_running_loop().connect_accepted_socket(self._make_protocol, connection)
+        await super().shutdown(sockets)
+
+    def _make_protocol(self) -> Any:
+        """As uvicorn makes one for each connection."""
+        protocol: Any = self.config.http_protocol_class
+        return protocol(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._service.draining:  # a second signal: do not wait
             self.force_exit = sig == signal.SIGINT
-            self.should_exit = True
+            self.stop()
             return
         self._service.drain()
+        self._guard.draining = True
         if self._drain_seconds:
             loop = asyncio.get_running_loop()
             loop.call_soon_threadsafe(loop.call_later, self._drain_seconds, self.stop)
         else:
             self.stop()
+
+
+def _accept_all(listeners: Iterable[socket.socket], *, most: int) -> list[socket.socket]:
+    """Those who are connected and whom nobody has accepted, ``most`` a listener."""
+    found: list[socket.socket] = []
+    for listener in listeners:
+        for _ in range(most):
+            try:
+                connection, _address = listener.accept()
+            except ConnectionAbortedError:  # that one has gone again
+                continue
+            except OSError:  # there is no other, as a rule
+                break
+            connection.setblocking(False)
+            found.append(connection)
+    return found
 
 
 def _bind(settings: Settings) -> socket.socket:

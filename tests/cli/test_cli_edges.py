@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 import signal
 import subprocess
@@ -141,6 +143,27 @@ def test_an_interrupted_attack_keeps_what_it_measured(
         finally:
             service.send_signal(signal.SIGTERM)
     assert service.returncode == 0
+
+
+def test_an_engine_that_dies_is_no_unusable_input(digits_bundle: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    serve = [sys.executable, "-m", "cli", "serve", str(digits_bundle), "--port", "0", "--defense", "none"]
+    with log.open("w") as sink, subprocess.Popen([*serve, "--offer", "none"], stderr=sink) as service:
+        try:
+            give_up = time.monotonic() + 60
+            while (
+                not (found := re.search(r"engine process (\d+) for", log.read_text())) or "ready" not in log.read_text()
+            ):
+                assert service.poll() is None, log.read_text()
+                assert time.monotonic() < give_up
+                time.sleep(0.05)
+            os.kill(int(found[1]), signal.SIGKILL)
+            assert service.wait(30) == 1
+        finally:
+            service.kill()
+    last = log.read_text().splitlines()[-1]
+    assert last.startswith("error: the engine has stopped: ")
+    assert "was killed by SIGKILL" in last
 
 
 def free_port() -> int:

@@ -72,6 +72,7 @@ def check_problem(response: httpx2.Response, status: int, *contains: str) -> dic
     """That this is a problem document of RFC 9457 which tells a client enough, and an attacker nothing."""
     assert response.status_code == status, response.text[:500]
     assert response.headers["content-type"] == "application/problem+json"
+    assert response.headers["x-content-type-options"] == "nosniff"
     document: dict[str, Any] = response.json()
     assert set(document) == {"type", "title", "status", "detail", "instance", "request_id"}
     assert document["type"] == "about:blank"

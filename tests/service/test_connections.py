@@ -30,6 +30,9 @@ LIMITS = ConnectionLimits(
 
 
 async def _count(request: Request) -> Response:
+    if "x-echo" in request.headers:
+        target = request.url.path + (f"?{request.url.query}" if request.url.query else "")
+        return PlainTextResponse(f"{request.headers['host']} {target}")
     return PlainTextResponse(str(len(await request.body())))
 
 
@@ -95,18 +98,23 @@ def ended_after(connection: socket.socket) -> float:
 
 @contextmanager
 def serve(
-    limits: ConnectionLimits = LIMITS, keep_alive_s: int = 60, turn_away: TurnAway = read_all
+    limits: ConnectionLimits = LIMITS,
+    keep_alive_s: int = 60,
+    turn_away: TurnAway = read_all,
+    drain_timeout_s: int = 3,
 ) -> Iterator[Served]:
     routes = [
         Route("/", _count, methods=["GET", "POST"]),
         Route("/refuse", _refuse, methods=["POST"]),
         Route("/slow", _slow),
         Route("/large", _large),
+        Route("/{path:path}", _count),
     ]
     protocol: Any = guarded(limits, turn_away)
     config = uvicorn.Config(
-        Starlette(routes=routes), http=protocol, ws="none", log_config=None, timeout_keep_alive=keep_alive_s,
-        h11_max_incomplete_event_size=limits.max_header_bytes, timeout_graceful_shutdown=1, lifespan="off",
+        Starlette(routes=routes), http=protocol, ws="none", lifespan="off", log_config=None,
+        timeout_keep_alive=keep_alive_s, timeout_graceful_shutdown=drain_timeout_s,
+        h11_max_incomplete_event_size=limits.max_header_bytes,
     )  # fmt: skip
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(config)
@@ -182,11 +190,74 @@ def check_refused(found: bytes, code: int, says: str) -> None:
     head, _, body = found.partition(b"\r\n\r\n")
     assert status(head) == code
     assert b"Content-Type: application/problem+json" in head
+    assert b"X-Content-Type-Options: nosniff" in head
     assert b"Connection: close" in head
     document = json.loads(body)
     assert set(document) == {"type", "title", "status", "detail", "instance", "request_id"}
     assert document["status"] == code
     assert says in document["detail"]
+
+
+def test_a_body_of_two_lengths_is_refused_and_nothing_behind_it_is_a_request(served: Served) -> None:
+    """Whoever stands between may have taken the other one for it (RFC 9112, 6.1)."""
+    both = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
+    with closing(served.connect(both + GET)) as connection:
+        found = b""
+        while more := connection.recv(65536):
+            found += more
+    check_refused(found, 400, "Content-Length beside Transfer-Encoding")
+
+
+@pytest.mark.parametrize("version", [b"2.0", b"1.2", b"0.9", b"9.9"])
+def test_another_version_is_refused(served: Served, version: bytes) -> None:
+    check_refused(served.ask(GET.replace(b"1.1", version)), 400, f"HTTP/{version.decode()}; allowed: HTTP/1.1")
+
+
+def test_the_version_before_is_taken_for_one_request(served: Served) -> None:
+    with closing(served.connect(b"GET / HTTP/1.0\r\n\r\n")) as connection:
+        check_last(connection)
+
+
+def test_a_bare_line_feed_ends_a_line(served: Served) -> None:
+    """As RFC 9112, 2.2 allows; docs/input.md says so."""
+    assert status(served.ask(GET.replace(b"\r\n", b"\n"))) == 200
+
+
+@pytest.mark.parametrize(
+    ("target", "host", "path"),
+    [
+        (b"http://localhost/where?a=b", b"localhost", b"/where?a=b"),
+        (b"HTTPS://[::1]:8000/where", b"[::1]:8000", b"/where"),
+        (b"http://evil.example/where", b"evil.example", b"/where"),
+        (b"http://localhost.", b"localhost.", b"/"),
+        (b"http://localhost:80?a", b"localhost:80", b"/?a"),
+        (b"http://localhost//evil.example/x", b"localhost", b"//evil.example/x"),
+    ],
+)
+def test_a_target_with_an_authority_is_taken_and_names_the_host(
+    served: Served, target: bytes, host: bytes, path: bytes
+) -> None:
+    """RFC 9112, 3.2.2: what the header says does not count then."""
+    found = served.ask(b"GET %b HTTP/1.1\r\nHost: x\r\nX-Echo: yes\r\n\r\n" % target)
+    assert found.endswith(b"\r\n\r\n%b %b" % (host, path))
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        b"http://",
+        b"http:///path",
+        b"http://localhost@evil.example/",
+        b"http://evil.example@localhost/",
+        b"http://localhost\\@evil.example/",
+        b"http://localhost%00.evil.example/",
+        b"http://localhost:x/",
+        b"http://localhost#/",
+        b"http://[::1/",
+    ],
+)
+def test_an_authority_that_could_be_read_in_two_ways_is_refused(served: Served, target: bytes) -> None:
+    check_refused(served.ask(b"GET %b HTTP/1.1\r\nHost: x\r\n\r\n" % target), 400, "the target's authority")
 
 
 HEADERS = {
@@ -301,14 +372,16 @@ NO = b"HTTP/1.1 429 No\r\nContent-Length: 2\r\n\r\nno"
 
 
 class Doorman:
-    """Turns away every KNOCK that it is shown whole, and remembers what it was shown."""
+    """Turns away every KNOCK that it is shown whole, and remembers what it was shown and told."""
 
     def __init__(self) -> None:
         self.shown: list[bytes] = []
+        self.told: list[bool] = []
 
-    def __call__(self, data: bytes, client: tuple[str, int] | None) -> bytes | None:
+    def __call__(self, data: bytes, client: tuple[str, int] | None, last: bool) -> bytes | None:
         assert client is not None
         self.shown.append(data)
+        self.told.append(last)
         return NO if data == KNOCK else None
 
 
@@ -381,7 +454,7 @@ def test_who_is_turned_away_and_then_idle_is_closed() -> None:
         assert served.guard.ended["idle"] == 1
 
 
-def test_a_server_that_ends_does_not_wait_for_who_was_turned_away() -> None:
+def test_a_server_that_ends_does_not_wait_long_for_who_was_turned_away() -> None:
     with serve(turn_away=Doorman()) as served:
         connection = served.connect(KNOCK)
         assert answer(connection) == NO
@@ -389,3 +462,90 @@ def test_a_server_that_ends_does_not_wait_for_who_was_turned_away() -> None:
     assert time.monotonic() - started < 5
     assert connection.recv(10) == b""
     connection.close()
+
+
+# A server that drains, and one that ends
+
+
+def check_last(connection: socket.socket) -> None:
+    """One answer arrives, which says that there will be no other, and then the connection is closed."""
+    found = answer(connection)
+    assert status(found) in (200, 413), found
+    assert b"connection: close\r\n" in found.partition(b"\r\n\r\n")[0].lower() + b"\r\n"
+    assert connection.recv(10) == b""
+
+
+def test_while_a_server_drains_each_answer_is_the_last_on_its_connection() -> None:
+    doorman = Doorman()
+    with serve(turn_away=doorman) as served, ExitStack() as opened:
+        idle, busy, turned_away = (opened.enter_context(closing(served.connect(GET))) for _ in range(3))
+        for connection in (idle, busy, turned_away):
+            assert b"connection:" not in answer(connection).lower()
+        busy.sendall(GET.replace(b"/", b"/slow", 1))
+        wait_until(lambda: len(doorman.shown) == 4)
+        served.guard.draining = True
+        check_last(busy)
+        idle.sendall(GET)
+        check_last(idle)
+        turned_away.sendall(KNOCK)
+        assert answer(turned_away) == NO
+        assert turned_away.recv(10) == b""
+        assert doorman.told == [False, False, False, False, True, True]
+        with closing(served.connect(GET)) as fresh:  # the port is open
+            check_last(fresh)
+
+
+def test_the_last_answer_is_not_cut_off_by_a_body_that_is_still_coming() -> None:
+    """What a closed connection receives is answered with a reset, which takes along what was not read yet."""
+    with serve() as served:
+        served.guard.draining = True
+        with closing(served.connect(POST.replace(b"/", b"/refuse", 1))) as connection:
+            wait_until(lambda: served.open() == 1)
+            time.sleep(SHORT)
+            for _ in range(10):
+                assert send(connection, b"1000\r\n" + b"x" * 4096 + b"\r\n")
+                time.sleep(SHORT / 10)
+            check_last(connection)
+        wait_until(lambda: served.open() == 0)
+        assert not served.guard.waiting
+
+
+def test_a_client_that_goes_on_after_the_last_answer_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.connections._LATE_BODY_S", SHORT)
+    with serve() as served:
+        served.guard.draining = True
+        with closing(served.connect(POST.replace(b"/", b"/refuse", 1))) as connection:
+            started = time.monotonic()
+            while send(connection, b"1000\r\n" + b"x" * 4096 + b"\r\n"):
+                assert time.monotonic() - started < 20 * SHORT
+                time.sleep(SHORT / 10)
+
+
+def test_who_is_idle_when_the_port_is_closed_may_ask_once_more() -> None:
+    with serve() as served, ExitStack() as opened:
+        asking, silent, fresh = (opened.enter_context(closing(served.connect())) for _ in range(3))
+        for connection in (asking, silent):
+            connection.sendall(GET)
+            assert status(answer(connection)) == 200
+        wait_until(lambda: served.open() == 3)
+        served.server.should_exit = True
+        closed = time.monotonic()
+        wait_until(lambda: served.guard.leaving)
+        with pytest.raises(ConnectionRefusedError):
+            served.connect()
+        for connection in (asking, fresh):
+            connection.sendall(GET)
+            check_last(connection)
+        assert silent.recv(10) == b""
+        assert 0.9 < time.monotonic() - closed < 5
+
+
+def test_a_request_that_has_begun_to_arrive_when_the_port_is_closed_is_answered() -> None:
+    limits = ConnectionLimits(max_connections=20, header_timeout_s=10, max_headers=30, max_header_bytes=4096)
+    with serve(limits, drain_timeout_s=10) as served, closing(served.connect(GET[:20])) as connection:
+        wait_until(lambda: served.open() == 1)
+        served.server.should_exit = True
+        wait_until(lambda: served.guard.leaving)
+        time.sleep(1.3)
+        connection.sendall(GET[20:])
+        check_last(connection)

@@ -31,7 +31,7 @@ def plain(head: bytes = HEAD, body: bytes = FILE, line: bytes = b"POST /v1/predi
 @pytest.fixture
 def service(monkeypatch: pytest.MonkeyPatch, digits_bundle: Path) -> Service:
     """Ready, and nobody is in it."""
-    monkeypatch.setattr(Service, "ready", property(lambda self: True))
+    monkeypatch.setattr(Service, "answering", property(lambda self: True))
     return Service(load_settings(bundle=digits_bundle, queue_size=2))
 
 
@@ -70,6 +70,7 @@ def test_it_is_the_answer_of_a_problem(full: Service) -> None:
         "request_id": headers["x-request-id"],
     }
     assert headers["content-type"] == "application/problem+json"
+    assert headers["x-content-type-options"] == "nosniff"
     assert int(headers["retry-after"]) >= 1
     assert headers["date"].endswith(" GMT")
 
@@ -147,6 +148,18 @@ def test_whatever_is_not_plain_goes_the_usual_way(full: Service, data: bytes) ->
     assert full.metrics.shed.labels("queue-full")._value.get() == 0
 
 
+def test_an_answer_that_is_the_last_on_its_connection_says_so(full: Service) -> None:
+    door = Door(full)
+    said = [fields(door.turn_away(plain(), None, last))[1].get("connection") for last in (False, True, False)]
+    assert said == [None, "close", None]
+
+
+def test_while_the_service_drains_it_still_has_no_room(full: Service) -> None:
+    full.drain()
+    assert not full.ready
+    assert Door(full).turn_away(plain(), None, True) is not None
+
+
 def test_where_there_is_room_nobody_is_turned_away(service: Service) -> None:
     async def turn() -> list[bool]:
         door = Door(service)
@@ -162,7 +175,7 @@ def test_what_is_not_ready_says_so_itself(full: Service, monkeypatch: pytest.Mon
     async def turn() -> bytes | None:
         return Door(full).turn_away(plain(), None)
 
-    monkeypatch.setattr(Service, "ready", property(lambda self: False))
+    monkeypatch.setattr(Service, "answering", property(lambda self: False))
     assert asyncio.run(turn()) is None
 
 

@@ -191,3 +191,5 @@ def test_a_dead_engine_does_not_look_healthy(serving: Serving, clean: list[bytes
         metrics = client.get("/metrics").text
         assert "mithridate_ready 0.0" in metrics
         assert "mithridate_requests_in_flight 0.0" in metrics
+        assert 'mithridate_shed_total{reason="engine-stopped"} 4.0' in metrics
+        assert 'mithridate_shed_total{reason="draining"} 0.0' in metrics

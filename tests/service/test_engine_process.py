@@ -201,6 +201,7 @@ def test_a_killed_engine_ends_the_service_at_once(digits_bundle: Path, tmp_path:
             check_problem(response, 503, "stopped")
             assert response.headers["retry-after"] == "1"
         last = server.log.splitlines()[-1]
+        assert last.startswith("service.server.BrokenServiceError: ")
         assert (
             f"the engine has stopped: EngineDiedError: the engine process ({engines[0]}) was killed by SIGKILL" in last
         )
@@ -233,6 +234,7 @@ def test_an_engine_process_that_hangs_ends_the_service(digits_bundle: Path, clea
         assert server.process.wait(20) not in (0, -signal.SIGKILL)
         assert 2 <= time.monotonic() - stopped < 10
         last = server.log.splitlines()[-1]
+        assert last.startswith("service.server.BrokenServiceError: ")
         assert f"the engine process ({engine}) hangs: 1 requests are unanswered 1.5 s after their deadlines" in last
         wait_until(lambda: not is_alive(engine), seconds=5)
 

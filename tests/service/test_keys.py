@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 import stat
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from service_helpers import Serving, check_problem, post, post_json, predictions, wait_until
+from service_helpers import (
+    ServerProcess,
+    Serving,
+    check_problem,
+    post,
+    post_json,
+    predictions,
+    wait_ready,
+    wait_until,
+)
+from service_helpers import answer as whole_answer
 from starlette.testclient import TestClient
 
 from mithridate.errors import OptionError
@@ -234,6 +247,24 @@ def test_without_keys_a_page_that_has_its_name_lead_to_loopback_is_refused(
     check_problem(answer, 403, "own machine", "evil.example")
     for host in ("localhost", "LOCALHOST:8000", "127.0.0.1:1", "127.1.2.3", "[::1]", "[::1]:8000"):
         assert status("/v1/bundle", host) == 200, host
+
+
+def test_without_keys_it_is_the_name_in_an_absolute_target_that_counts(digits_bundle: Path, tmp_path: Path) -> None:
+    server = ServerProcess(tmp_path / "log", bundle=digits_bundle, offer=["none"], defense="none")
+    address = ("127.0.0.1", httpx2.URL(server.url).port)
+
+    def status(target: str, host: str) -> int:
+        with closing(socket.create_connection(address, timeout=10)) as connection:
+            connection.sendall(f"GET {target} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+            return int(whole_answer(connection).split()[1])
+
+    with closing(server):
+        wait_ready(server.client)
+        assert status("http://localhost:8000/v1/bundle", "localhost:8000") == 200
+        assert status("http://evil.example/v1/bundle", "localhost") == 403
+        assert status("http://localhost/v1/bundle", "evil.example") == 200
+        assert status("http://localhost@evil.example/v1/bundle", "localhost") == 400
+        assert status("http://evil.example/livez", "evil.example") == 200
 
 
 def test_with_keys_or_a_proxy_the_name_does_not_matter(keyed: Keyed, serving: Serving) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import http.client
 import json
 import shutil
 import socket
@@ -16,13 +17,26 @@ from typing import Any
 
 import httpx2
 import pytest
-from service_helpers import SLOW, ServerProcess, Serving, check_problem, post, predictions, wait_ready, wait_until
+import uvicorn
+from service_helpers import (
+    SLOW,
+    ServerProcess,
+    Serving,
+    answer,
+    check_problem,
+    post,
+    predictions,
+    wait_ready,
+    wait_until,
+)
+from starlette.responses import PlainTextResponse
 from starlette.testclient import TestClient
 
 from mithridate.bundle import MANIFEST, MODEL
 from mithridate.errors import InputError, OptionError
 from service.app import create_app
-from service.server import serve
+from service.connections import connection_options
+from service.server import _bind, _DrainingServer, serve
 from service.settings import load_settings
 
 Starting = Callable[..., ServerProcess]
@@ -152,8 +166,6 @@ def test_a_port_in_use(digits_bundle: Path, listening: bool) -> None:
 
 
 def test_a_port_taken_by_another_service_that_is_still_starting(digits_bundle: Path) -> None:
-    from service.server import _bind
-
     first = _bind(load_settings(bundle=digits_bundle, port=0))
     with first, pytest.raises(OptionError, match="cannot listen"):
         _bind(load_settings(bundle=digits_bundle, port=first.getsockname()[1]))
@@ -185,11 +197,94 @@ def test_draining_answers_but_asks_for_no_more(starting: Starting, clean: list[b
     server.terminate()
     while server.client.get("/readyz").status_code == 200:
         assert time.monotonic() - signalled < 1
-    check_problem(server.client.get("/readyz"), 503, "draining")
-    assert predictions(post(server.client, clean[0]))[0]["label"] == "4"
+    refused, answered = server.client.get("/readyz"), post(server.client, clean[0])
+    check_problem(refused, 503, "draining")
+    assert predictions(answered)[0]["label"] == "4"
+    assert refused.headers["connection"] == answered.headers["connection"] == "close"
     assert "mithridate_ready 0.0" in server.client.get("/metrics").text
     assert server.process.wait(30) == 0
     assert time.monotonic() - signalled >= 1.5
+
+
+class Persistent:
+    """A client that keeps its connection until it is told that it ends, and goes where no new one is taken."""
+
+    def __init__(self, url: str, image: bytes) -> None:
+        self._address, self._image = httpx2.URL(url), image
+        self._connection: http.client.HTTPConnection | None = None
+        self.statuses: list[int] = []
+        self.reused = 0
+
+    def ask(self) -> None:
+        """Raises ConnectionRefusedError where it has no connection and gets none; any other error is a lost request."""
+        if self._connection is None:
+            connection = http.client.HTTPConnection(self._address.host, self._address.port, timeout=60)
+            connection.connect()
+            self._connection = connection
+        else:
+            self.reused += 1
+        connection = self._connection
+        connection.request("POST", "/v1/predict?defense=none", self._image, {"Content-Type": "image/png"})
+        response = connection.getresponse()
+        response.read()
+        self.statuses.append(response.status)
+        if response.getheader("connection") == "close":
+            connection.close()
+            self._connection = None
+
+    def keep_asking(self) -> None:
+        with contextlib.suppress(ConnectionRefusedError):
+            while True:
+                self.ask()
+
+
+@pytest.mark.parametrize("drain_seconds", [0, 1])
+def test_the_end_breaks_no_connection_that_is_kept_alive(
+    starting: Starting, clean: list[bytes], drain_seconds: float
+) -> None:
+    """Neither of those who ask all the time nor of who is silent and asks just when the port has been closed."""
+    server = starting(drain_seconds=drain_seconds, offer=["none"], defense="none")
+    wait_ready(server.client)
+    busy, idle = ([Persistent(server.url, clean[0]) for _ in range(count)] for count in (8, 2))
+    for client in (*busy, *idle):
+        client.ask()
+    with ThreadPoolExecutor(8) as threads:
+        asking = [threads.submit(client.keep_asking) for client in busy]
+        wait_until(lambda: all(client.reused > 5 for client in busy))
+        server.terminate()
+        for one in asking:
+            one.result()
+    for client in idle:
+        client.ask()
+        with pytest.raises(ConnectionRefusedError):
+            client.ask()
+        assert client.statuses == [200, 200]
+    assert {status for client in busy for status in client.statuses} == {200}
+    assert server.process.wait(30) == 0
+    assert "Traceback" not in server.log
+
+
+def test_who_is_connected_when_the_port_is_closed_is_answered(digits_bundle: Path) -> None:
+    """The system has told the client so; nobody has accepted the connection yet."""
+    settings = load_settings(bundle=digits_bundle, port=0)
+    options = connection_options(settings)
+    config = uvicorn.Config(PlainTextResponse("here"), log_config=None, lifespan="off", **options)
+    server = _DrainingServer(config, create_app(settings).state.service, options["http"].guard, 0)
+
+    async def main() -> bytes:
+        listener = _bind(settings)
+        config.load()
+        server.lifespan = config.lifespan_class(config)
+        await server.startup([listener])
+        with socket.create_connection(listener.getsockname(), timeout=10) as client:
+            client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            await server.shutdown([listener])
+            return answer(client)
+
+    found = asyncio.run(main())
+    assert found.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert found.endswith(b"\r\n\r\nhere")
+    assert b"\r\nconnection: close\r\n" in found.lower()
 
 
 def test_a_second_signal_ends_the_drain_and_the_drain_timeout_what_still_runs(

@@ -46,6 +46,12 @@ def test_a_hostile_request_id_is_replaced(client: TestClient, hostile: bytes, ca
     assert line.endswith(f"id={document['request_id']}")
 
 
+def test_no_answer_leaves_its_type_to_be_guessed(client: TestClient, clean: list[bytes]) -> None:
+    paths = ("/", "/docs", "/openapi.json", "/livez", "/readyz", "/metrics", "/v1/bundle", "/v2", "/v1/nowhere")
+    for response in [*map(client.get, paths), post(client, clean[0]), post(client, b"")]:
+        assert response.headers.get_list("x-content-type-options") == ["nosniff"], response.url
+
+
 def test_the_access_log_has_one_line_a_request(client: TestClient, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "mithridate.access")
     client.get("/v1/%0aPOST%20/v1/predict%20200%20forged%0d")

@@ -41,7 +41,7 @@ def test_promtool_accepts_the_metrics(client: TestClient, clean: list[bytes], ad
 def test_reasons_and_kinds_are_there_before_the_first(serving: Serving) -> None:
     with serving() as client:
         metrics = read_metrics(client)
-    for reason in ("queue-full", "cost", "allowance", "not-ready", "draining", "deadline"):
+    for reason in ("queue-full", "cost", "allowance", "not-ready", "draining", "engine-stopped", "deadline"):
         assert metrics["shed_total", reason] == 0
     for kind in ("type", "too-large", "malformed", "unusable"):
         assert metrics["decode_errors_total", kind] == 0
@@ -58,13 +58,14 @@ def test_what_is_shed_is_counted_by_reason(serving: Serving, clean: list[bytes])
         assert metrics["requests_waiting",] == 1
         assert metrics["backlog_seconds",] > 0
         app: Any = client.app
-        app.state.service.draining = True
-        app.state.service.failure = "gone"
-        app.state.service.engine._loaded, kept = None, app.state.service.engine._loaded
-        assert post(client, clean[2]).status_code == 503
-        assert client.get("/readyz").status_code == 503
-        app.state.service.engine._loaded = kept
-        assert read_metrics(client)["shed_total", "draining"] == 1, "a probe is not a request that was shed"
+        service, kept = app.state.service, app.state.service.engine._loaded
+        service.draining, service.engine._loaded = True, None
+        for reason, ended in (("engine-stopped", False), ("draining", True)):  # by itself, or as it was told
+            service._ending = ended
+            assert post(client, clean[2]).status_code == 503
+            assert client.get("/readyz").status_code == 503
+            assert read_metrics(client)["shed_total", reason] == 1, "a probe is not a request that was shed"
+        service.engine._loaded = kept
 
 
 def test_access_lines_say_why_a_request_was_shed(serving: Serving, clean: list[bytes], json_lines: Any) -> None:
