@@ -62,7 +62,7 @@ def load(
     Exit code 1: nothing was answered, or not even the lowest rate was sustained.
     """
     from attack_client.load_plan import LoadPlan, from_dataset, from_files
-    from attack_client.transfer import craft, load_surrogate
+    from attack_client.transfer import check_radius, craft, load_surrogate
     from mithridate.errors import OptionError
 
     if bool(dataset) == bool(images):
@@ -75,6 +75,9 @@ def load(
         raise OptionError(f"{out} exists already; choose another name or remove it first")
     if clients is not None and rate is not None:
         raise OptionError("give either --rate (open model) or --clients (closed model)")
+    radius = shared.customary_epsilon(dataset, epsilon) if dataset and attack else None
+    if radius is not None:
+        check_radius(radius)
 
     key = shared.api_key(api_key_env)
     plan = LoadPlan(
@@ -101,14 +104,13 @@ def load(
         shared.use_threads(threads)
         shared.allow_local_code(arch)
         data = shared.load_data(dataset, data_root=data_root, download=download, image_size=image_size, split="test")
-        if attack is None:
+        if attack is None or radius is None:
             files = from_dataset(data)
         else:
             source = model or bundle
             assert source is not None
             surrogate = load_surrogate(source, data, arch=arch)
             note(f"making adversarial copies of {len(data)} images with {attack}")
-            radius = shared.customary_epsilon(dataset, epsilon)
             crafted = craft(surrogate, data, attack=attack, epsilon=radius, seed=seed)
             files = from_dataset(data, crafted, surrogate=surrogate.source)
     summary = _run(plan, files, out)

@@ -230,6 +230,7 @@ def test_what_cannot_be_asked_for(data: LabelledImages, tmp_path: Path) -> None:
         ({"concurrency": 0}, "concurrency 0"),
         ({"attacks": ("sqare",)}, "unknown black-box attack 'sqare'"),
         ({"track": "labels"}, "square needs scores"),
+        ({"epsilon": Epsilon(0)}, "epsilon 0/255 leaves an attack nothing to change"),
         ({"attacks": ("square", "square")}, "named twice"),
     ):
         with pytest.raises(OptionError, match=told):

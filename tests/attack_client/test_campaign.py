@@ -241,6 +241,8 @@ def test_what_cannot_be_asked_for(plan: CampaignPlan) -> None:
             dataclasses.replace(plan, rate=rate)
     with pytest.raises(OptionError, match="no attack was named"):
         dataclasses.replace(plan, attacks=())
+    with pytest.raises(OptionError, match="epsilon 0/255 leaves an attack nothing to change; allowed: 1/255 to"):
+        dataclasses.replace(plan, epsilon=Epsilon(0))
 
 
 def test_a_model_for_other_data(digits_bundle: Path, data: LabelledImages) -> None:

@@ -57,3 +57,13 @@ def test_what_was_not_measured_is_no_success(mithridate: Callable, tmp_path: Pat
     assert result.code == 1
     assert "random-noise on rmc: 6 of 6 queries have no answer: HTTP 500" in result.err
     assert "not measured" in result.out
+
+
+def test_a_radius_of_nothing_is_refused_before_anything_is_asked(mithridate: Callable, tmp_path: Path) -> None:
+    """Every image would stand, of any defence, and the report would say so."""
+    for attack in (("--attack", "square"), ("--attack", "pgd2", "--bundle", tmp_path)):
+        options = ("--epsilon", "0/255", "--out", tmp_path / "out")
+        result = mithridate("attack", "http://127.0.0.1:9", *DATA, *attack, *options)
+        assert result.code == 2
+        assert result.err == "error: epsilon 0/255 leaves an attack nothing to change; allowed: 1/255 to 255/255\n"
+    assert not (tmp_path / "out").exists()

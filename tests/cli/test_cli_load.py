@@ -77,6 +77,7 @@ def test_clients_in_a_loop(mithridate: Callable, quick: str, tmp_path: Path) -> 
         (("--attack", "pgd2"), "needs a --dataset and one model"),
         (("--model", "m"), "needs an --attack"),
         (("--objective-ms", "nan"), "objective nan"),
+        (("--attack", "pgd2", "--model", "m", "--epsilon", "0/255"), "epsilon 0/255 leaves an attack nothing to"),
         ((), "does not answer"),
     ],
 )
