@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from attack_client.load_plan import Files, LoadPlan
     from mithridate.evaluation.service_load import LoadSummary
 
+_PERCENTILES = {"p50": "p50", "p95": "p95", "p99": "p99", "p999": "p99.9"}
+"""As they are called in a summary and by people."""
+
 
 def load(
     url: Annotated[str, typer.Argument(help="The service, as http://127.0.0.1:8000")],
@@ -158,6 +161,17 @@ def _run(plan: LoadPlan, files: Files, out: Path | None) -> LoadSummary:
     return summary
 
 
+def _say_what_is_missing(summary: LoadSummary) -> None:
+    """One line, of the step that would take longest: what holds for it is enough for the others."""
+    from attack_client.load_statistics import ENOUGH_BEYOND, seconds_needed
+
+    step = max(summary.steps, key=lambda step: max(seconds_needed(step).values(), default=0))
+    if needed := seconds_needed(step):
+        at = f"{step.set_rate:.4g}/s" if step.set_rate else f"{step.clients} clients"
+        durations = ", ".join(f"{_PERCENTILES[name]} {seconds}" for name, seconds in needed.items())
+        note(f'"-": fewer than {ENOUGH_BEYOND} samples beyond; --duration that is long enough at {at}: {durations}')
+
+
 def _print(summary: LoadSummary) -> None:
     from attack_client.load_report import milliseconds, representative
 
@@ -168,7 +182,7 @@ def _print(summary: LoadSummary) -> None:
             "" if step.rate_deviation is None else f"{100 * step.rate_deviation:+.2f} %",
             f"{step.answered_rate:.4g}",
             percent(step.goodput_share),
-            *(milliseconds(getattr(step.latency, name)) for name in ("p50", "p95", "p99", "p999")),
+            *(milliseconds(getattr(step.latency, name)) for name in _PERCENTILES),
             str(step.latency.beyond_p999),
             str(sum(step.errors.values())),
             milliseconds(step.generator.p99),
@@ -184,6 +198,7 @@ def _print(summary: LoadSummary) -> None:
         if step.errors:
             name = f"{step.set_rate:.4g}/s" if step.set_rate else f"{step.clients} clients"
             note(f"errors at {name}: {', '.join(f'{kind} {count}' for kind, count in step.errors.items())}")
+    _say_what_is_missing(summary)
     shown = representative(summary)
     for name, ratio in shown.adversarial_to_clean.items():
         note(f"adversarial / clean at {name}: {ratio.value:.2f} ({ratio.low:.2f} to {ratio.high:.2f}, 95 %)")
