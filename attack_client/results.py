@@ -30,7 +30,8 @@ IMAGES = "images.jsonl"
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """One defence against one kind of image. Only what is right, and stood by, counts in ``accuracy``: an image without
-    an answer does not (``errors``), nor does one that the defence abstains from (``abstained``)."""
+    an answer does not (``errors``), nor does one that the defence abstains from (``abstained``). ``refused`` requests
+    were sent again later; latencies are of the last time."""
 
     defense: str
     kind: str
@@ -43,6 +44,7 @@ class Row:
     p50_ms: float
     p95_ms: float
     p99_ms: float
+    refused: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,6 +178,7 @@ def count(data: LabelledImages, outcomes: Sequence[Outcome], defense: str, kind:
         p50_ms=percentile(latencies, 0.50),
         p95_ms=percentile(latencies, 0.95),
         p99_ms=percentile(latencies, 0.99),
+        refused=sum(o.refused for o in mine),
     )
 
 

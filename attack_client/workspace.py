@@ -134,11 +134,11 @@ class Workspace:
         if whole != content:
             with path.open("r+b") as file:
                 file.truncate(len(whole))
-        names = [field.name for field in fields(Outcome)]
+        names = {field.name for field in fields(Outcome)}
         try:
             lines = [json.loads(line) for line in whole.splitlines()]
-            outcomes = [Outcome(**{name: line[name] for name in names}) for line in lines]
-        except (ValueError, KeyError, TypeError) as error:
+            outcomes = [Outcome(**{name: line[name] for name in names.intersection(line)}) for line in lines]
+        except (ValueError, TypeError) as error:
             raise InputError(f"{path} is damaged; start again in a new directory") from error
         return [outcome for outcome in outcomes if outcome.error is None]
 

@@ -29,6 +29,8 @@ def print_result(result: CampaignResult) -> None:
 
 def _print_sent(result: CampaignResult) -> None:
     plan = result.plan
+    if refused := sum(row.refused for row in result.rows):
+        note(f"{refused} requests were refused (429) and sent again, as late as the service asked and at a lower rate")
     rows = [
         [
             f"{row.kind} / {row.defense}",

@@ -185,6 +185,12 @@ def test_what_fails_is_told_and_the_rest_goes_on(data: LabelledImages, tmp_path:
     write_results(found, tmp_path)
 
 
+def test_a_refused_query_is_asked_again_until_it_is_let_in(data: LabelledImages, tmp_path: Path) -> None:
+    with listening(FakeService(refuses=7)) as url:
+        found = attack(data, url, tmp_path / "out", queries=5)
+    assert [case.error for case in found.cases] == [None, None]
+
+
 def test_nobody_there_ends_it(data: LabelledImages, tmp_path: Path) -> None:
     plan = BlackBoxPlan(attacks=("square",), epsilon=EPSILON, queries=5)
     gone = CampaignPlan(

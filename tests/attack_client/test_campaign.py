@@ -183,6 +183,17 @@ def test_errors_count_as_wrong_and_are_told(plan: CampaignPlan, data: LabelledIm
             assert f"{result.row(defense, kind).errors['http 500']} images ({kind})" in missing
 
 
+def test_a_refusal_is_no_wrong_answer(plan: CampaignPlan, data: LabelledImages) -> None:
+    """A key with a small allowance slows the attack down; it makes no defence look worse than it is."""
+    service = FakeService(refuses=150)
+    with listening(service) as url:
+        result = run_campaign(dataclasses.replace(plan, url=url, rate=1000), progress=quiet)
+    zeros = sum(label == 0 for label in data.labels)
+    assert [row.errors for row in result.rows] == [{}] * 4
+    assert [row.correct for row in result.rows] == [zeros] * 4
+    assert sum(row.refused for row in result.rows) == sum(outcome.refused for outcome in result.outcomes) == 150
+
+
 def test_answers_of_a_bundle_that_was_put_there_meanwhile_do_not_count(plan: CampaignPlan) -> None:
     shots = [Shot(image=0, kind="clean", defense="none", content=encode_png(plan.data.images[0]))]
 

@@ -59,6 +59,13 @@ def test_what_was_not_measured_is_no_success(mithridate: Callable, tmp_path: Pat
     assert "not measured" in result.out
 
 
+def test_refusals_are_told_and_cost_nothing_but_time(mithridate: Callable, tmp_path: Path) -> None:
+    with listening(FakeService(refuses=9)) as url:
+        result = mithridate("attack", url, *DATA, "--attack", "noise", "--out", tmp_path / "out")
+    assert result.code == 0, result.err
+    assert "9 requests were refused (429) and sent again" in result.err
+
+
 def test_a_radius_of_nothing_is_refused_before_anything_is_asked(mithridate: Callable, tmp_path: Path) -> None:
     """Every image would stand, of any defence, and the report would say so."""
     for attack in (("--attack", "square"), ("--attack", "pgd2", "--bundle", tmp_path)):
