@@ -20,6 +20,7 @@ from attack_client.load import Outcome, Shot, fire
 from attack_client.plan import CampaignPlan
 from attack_client.report import write_html
 from attack_client.results import CampaignResult, write_results
+from attack_client.strips import draw_strips
 from attack_client.transfer import Surrogate, load_surrogate
 from mithridate.datasets import LabelledImages, load_dataset
 from mithridate.errors import InputError, OptionError
@@ -181,6 +182,20 @@ def test_errors_count_as_wrong_and_are_told(plan: CampaignPlan, data: LabelledIm
         missing = result.worst(defense).missing
         for kind in ("clean", *plan.attacks):
             assert f"{result.row(defense, kind).errors['http 500']} images ({kind})" in missing
+
+
+def test_images_show_what_an_attack_did(run: tuple[CampaignResult, Reports], data: LabelledImages) -> None:
+    result, _ = run
+    strips = draw_strips(result)
+    clean, attacked = result.right("rmc", "clean"), result.right("rmc", "pgd20")
+    assert 1 <= len(strips) <= 12
+    assert all(clean[strip.number] for strip in strips), "an image that was misread anyway shows no attack"
+    rights = [attacked[strip.number] for strip in strips]
+    assert rights == sorted(rights), "failures first"
+    assert rights[0] == all(right for right, before in zip(attacked, clean, strict=True) if before)
+    base = dataclasses.replace(result, defenses=("none",))
+    assert all(result.right("none", "clean")[strip.number] for strip in draw_strips(base))
+    assert not draw_strips(base)[0].said[0].right
 
 
 def test_a_refusal_is_no_wrong_answer(plan: CampaignPlan, data: LabelledImages) -> None:
