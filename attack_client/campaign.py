@@ -9,10 +9,11 @@ from attack_client.answers import BundleDescription
 from attack_client.black_box import Target, attack_all
 from attack_client.cases import Case
 from attack_client.client import AsyncClient, Client
-from attack_client.load import Outcome, Shot, fire
+from attack_client.load import CLEAN, Outcome, Shot, fire
 from attack_client.oracle import Session
+from attack_client.own_card import read_own_card
 from attack_client.plan import CampaignPlan
-from attack_client.results import CLEAN, CampaignResult, count
+from attack_client.results import CampaignResult, count
 from attack_client.retry import LONGEST_WAIT_SECONDS, PATIENT, RetryPolicy
 from attack_client.transfer import Crafted, craft
 from attack_client.workspace import Workspace
@@ -36,6 +37,7 @@ def run_campaign(plan: CampaignPlan, *, progress: Progress, workspace: Workspace
     with Client(plan.url, timeout_seconds=plan.timeout_seconds, retry=PATIENT, api_key=plan.api_key) as client:
         client.wait_until_ready(plan.timeout_seconds)
         service, offered = client.bundle(), client.defenses()
+        own_card = read_own_card(client, service.digest)
     _check_service(service, plan)
     defenses = _choose(plan.defenses or (offered.default,), offered.names)
     known = workspace.begin(plan.identity(service, defenses)) if workspace else []
@@ -53,6 +55,8 @@ def run_campaign(plan: CampaignPlan, *, progress: Progress, workspace: Workspace
         outcomes=tuple(outcomes),
         crafted=tuple(crafted),
         cases=tuple(_ask(plan, service, defenses, workspace, progress)),
+        descriptions={entry.name: entry.description for entry in offered.defenses},
+        own_card=own_card,
     )
 
 

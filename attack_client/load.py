@@ -22,6 +22,9 @@ from attack_client.pace import Pace
 from attack_client.retry import REFUSED
 from mithridate.errors import MithridateError
 
+CLEAN = "clean"
+"""The kind of image that nobody attacked; every other kind is named after its attack."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Shot:

@@ -1,4 +1,5 @@
-"""One self-contained page about a campaign: no script, nothing to load."""
+"""One self-contained page about a campaign: no script, nothing to load. Its verdict, threat model and checks are the
+sections that ``mithridate evaluate`` shows."""
 
 from __future__ import annotations
 
@@ -6,35 +7,40 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader
+from jinja2 import PackageLoader
 
-from attack_client.campaign import UNDEFENDED
 from attack_client.cases import Case, rungs
 from attack_client.curves import draw_figures
-from attack_client.results import CLEAN, CampaignResult, threat_model, write_whole
+from attack_client.load import CLEAN
+from attack_client.results import CampaignResult, techniques, write_whole
 from attack_client.strips import draw_strips
+from attack_client.verdict import WHO_KNOWS, only
+from mithridate.evaluation.report import page
+from mithridate.evaluation.wording import printable
 
 
 def write_html(result: CampaignResult, path: Path) -> None:
     """Writes the page."""
-    # Labels and names come from the service under attack, which may not be a friend.
-    environment = Environment(loader=PackageLoader("attack_client"), autoescape=True)
-    template = environment.get_template("report.html.jinja")
-    budgets = rungs(result.plan.black_box.queries) if result.plan.black_box else ()
-    page = template.render(
-        result=result,
-        plan=result.plan,
-        service=result.service,
-        defenses=result.defenses,
-        headline=_headline(result),
-        threat_model=threat_model(result.plan),
-        worst=[result.worst(defense) for defense in result.defenses],
-        budgets=budgets,
-        cases=[_case_line(result, case, budgets) for case in result.cases],
-        figures=draw_figures(result),
-        strips=draw_strips(result),
-    )
-    write_whole(path, page)
+    template = page.environment(PackageLoader("attack_client")).get_template("report.html.jinja")
+    asked, found = result.plan.black_box, page.content(result.verdict)
+    budgets = rungs(asked.queries) if asked else ()
+    attackers = only(result.plan)
+    over_http = f"{attackers[0].upper()}{attackers[1:]}: an attack over HTTP cannot show a gain; {WHO_KNOWS}."
+    knows = {"transfer": "a model of the attacker's own; not the defence"}
+    found |= {
+        "attackers": [(kind, knows.get(kind, known), names) for kind, known, names in found["attackers"]],
+        "headline": [*found["headline"], over_http],
+        "techniques": techniques(result),
+        "facts": {name: [("its own card", result.own_card.said_of(name))] for name in result.defenses},
+        "result": result,
+        "plan": result.plan,
+        "missing": [worst for worst in map(result.worst, result.defenses) if worst.missing],
+        "budgets": budgets,
+        "cases": [_case_line(result, case, budgets) for case in result.cases],
+        "figures": draw_figures(result),
+        "strips": draw_strips(result),
+    }
+    write_whole(path, printable(template.render(found)))
 
 
 def _case_line(result: CampaignResult, case: Case, budgets: Sequence[int]) -> dict[str, Any]:
@@ -46,25 +52,3 @@ def _case_line(result: CampaignResult, case: Case, budgets: Sequence[int]) -> di
         return {**values, "at": []}
     at = [(case.standing(budget, clean), case.standing_by_luck(budget, clean)) for budget in budgets]
     return {**values, "at": at, "interval": case.interval}
-
-
-def _headline(result: CampaignResult) -> list[dict[str, Any]]:
-    """For each attack and defence: what the base model and the defence keep, and what the defence costs."""
-    lines = []
-    for crafted in result.crafted:
-        for defense in result.defenses:
-            if defense == UNDEFENDED:
-                continue
-            base, defended = result.row(UNDEFENDED, crafted.attack), result.row(defense, crafted.attack)
-            clean_base, clean_defended = result.row(UNDEFENDED, CLEAN), result.row(defense, CLEAN)
-            lines.append(
-                {
-                    "attack": crafted.attack,
-                    "defense": defense,
-                    "base": base,
-                    "defended": defended,
-                    "clean_cost": 100 * (clean_base.accuracy - clean_defended.accuracy),
-                    "latency_factor": clean_defended.p50_ms / clean_base.p50_ms,
-                }
-            )
-    return lines

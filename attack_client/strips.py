@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attack_client.cases import AttackedImage, Case
-from attack_client.load import Outcome
-from attack_client.results import CLEAN, CampaignResult
+from attack_client.load import CLEAN, Outcome
+from attack_client.results import CampaignResult
 from attack_client.transfer import Crafted
 from mithridate.images import encode_png
 

@@ -21,7 +21,7 @@ def test_it_asks_and_reports_and_goes_on(mithridate: Callable, tmp_path: Path) -
         asked = ("attack", url, *DATA, "--attack", "square", "--attack", "noise", "--out", out)
         first = mithridate(*asked)
         assert first.code == 0, first.err
-        for text in ("square / rmc", "random-noise / none", "worst case", "after 4"):
+        for text in ("square / rmc", "random-noise / none", "worst case", "after 4", "rmc: no evidence of gain: "):
             assert text in first.out
         files = {"summary.json", "images.jsonl", "outcomes.jsonl", "junit.xml", "report.html", "plan.json"}
         assert files | {"examples", "queries"} == {path.name for path in out.iterdir()}
