@@ -20,6 +20,7 @@ from attack_client.cases import AttackedImage, Case, NullControl
 from attack_client.client import LostAnswerError, ServiceError
 from attack_client.oracle import IMAGES_A_REQUEST, MAX_SCORES, HttpOracle, Session, UnansweredError
 from attack_client.query_log import QueryLog
+from attack_client.transfer import check_radius
 from attack_client.workspace import Workspace
 from mithridate.attacks.black_box import null_control, parse_black_box
 from mithridate.attacks.oracle import Answers, BlackBoxAttack, Track
@@ -53,6 +54,7 @@ class BlackBoxPlan:
     scorings: int = 10
 
     def __post_init__(self) -> None:
+        check_radius(self.epsilon)
         limits = (
             ("queries", self.queries, 1_000_000),
             ("concurrency", self.concurrency, 256),

@@ -9,16 +9,21 @@ from attack_client.answers import BundleDescription
 from attack_client.black_box import Target, attack_all
 from attack_client.cases import Case
 from attack_client.client import AsyncClient, Client
-from attack_client.load import Outcome, Shot, fire
+from attack_client.load import CLEAN, Outcome, Shot, fire
 from attack_client.oracle import Session
+from attack_client.own_card import read_own_card
 from attack_client.plan import CampaignPlan
-from attack_client.results import CLEAN, CampaignResult, count
+from attack_client.results import CampaignResult, count
+from attack_client.retry import LONGEST_WAIT_SECONDS, PATIENT, RetryPolicy
 from attack_client.transfer import Crafted, craft
 from attack_client.workspace import Workspace
 from mithridate.errors import InputError, OptionError
 from mithridate.images import encode_png
 
 UNDEFENDED = "none"
+
+_NOT_WHEN_REFUSED = RetryPolicy(cap_seconds=LONGEST_WAIT_SECONDS, statuses=frozenset({503}))
+"""A refusal concerns all images that are still to be sent: ``fire`` waits for it."""
 
 Progress = Callable[[str, int, int], None]
 
@@ -29,9 +34,10 @@ def run_campaign(plan: CampaignPlan, *, progress: Progress, workspace: Workspace
     ``workspace`` keeps each answer as it comes, and knows those from before an interruption; black-box attacks need
     one. Raises InputError where the service does not answer or serves other images than ``plan.data``.
     """
-    with Client(plan.url, timeout_seconds=plan.timeout_seconds, api_key=plan.api_key) as client:
+    with Client(plan.url, timeout_seconds=plan.timeout_seconds, retry=PATIENT, api_key=plan.api_key) as client:
         client.wait_until_ready(plan.timeout_seconds)
         service, offered = client.bundle(), client.defenses()
+        own_card = read_own_card(client, service.digest)
     _check_service(service, plan)
     defenses = _choose(plan.defenses or (offered.default,), offered.names)
     known = workspace.begin(plan.identity(service, defenses)) if workspace else []
@@ -49,6 +55,8 @@ def run_campaign(plan: CampaignPlan, *, progress: Progress, workspace: Workspace
         outcomes=tuple(outcomes),
         crafted=tuple(crafted),
         cases=tuple(_ask(plan, service, defenses, workspace, progress)),
+        descriptions={entry.name: entry.description for entry in offered.defenses},
+        own_card=own_card,
     )
 
 
@@ -76,7 +84,11 @@ def _ask(
     if workspace is None:
         raise OptionError("black-box attacks keep what they asked: give them a directory to write to")
     with Session(
-        plan.url, timeout_seconds=plan.timeout_seconds, connections=asked.concurrency, api_key=plan.api_key
+        plan.url,
+        timeout_seconds=plan.timeout_seconds,
+        connections=asked.concurrency,
+        retry=PATIENT,
+        api_key=plan.api_key,
     ) as session:
         target = Target(session=session, service=service, data=plan.data, seed=plan.seed, workspace=workspace)
         return attack_all(asked, target, defenses, progress)
@@ -101,7 +113,9 @@ def _send(
             workspace.record(outcome, int(truth[outcome.image]))
 
     async def send() -> list[Outcome]:
-        async with AsyncClient(plan.url, timeout_seconds=plan.timeout_seconds, api_key=plan.api_key) as client:
+        async with AsyncClient(
+            plan.url, timeout_seconds=plan.timeout_seconds, retry=_NOT_WHEN_REFUSED, api_key=plan.api_key
+        ) as client:
             return await fire(
                 client,
                 [shot for shot in shots if (shot.image, shot.kind, shot.defense) not in before],

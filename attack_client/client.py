@@ -18,25 +18,26 @@ from typing import Any, Self
 import httpx2
 
 from attack_client.answers import Answer, BundleDescription, Defenses, parse_answer
-from attack_client.retry import RetryPolicy
+from attack_client.retry import RetryPolicy, Tries, seconds_asked
 from attack_client.wire import check_key
 from mithridate.errors import InputError, MithridateError, OptionError
 from mithridate.evaluation.card import Card
 from mithridate.evaluation.wording import printable
 
-_TRY_AGAIN = frozenset({429, 503})
 _LONGEST_DETAIL = 1000
 _SENT_NOTHING = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout)
 
 
 class ServiceError(MithridateError):
-    """The service answered with an error: HTTP ``status``, its ``detail`` and ``request_id``."""
+    """The service answered with an error: HTTP ``status``, its ``detail`` and ``request_id``; ``retry_after`` in
+    seconds, where it says so."""
 
-    def __init__(self, status: int, detail: str, request_id: str) -> None:
+    def __init__(self, status: int, detail: str, request_id: str, *, retry_after: float | None = None) -> None:
         super().__init__(f"HTTP {status}: {detail}" + (f" (request {request_id})" if request_id else ""))
         self.status = status
         self.detail = detail
         self.request_id = request_id
+        self.retry_after = retry_after
 
 
 class LostAnswerError(InputError):
@@ -76,7 +77,9 @@ def _check(response: httpx2.Response) -> bytes:
     except (ValueError, KeyError, TypeError, AttributeError):
         detail, identity = response.text[:200], ""
     # It is written into reports and onto terminals: control characters and lone surrogates of a stranger are not.
-    raise ServiceError(response.status_code, printable(detail[:_LONGEST_DETAIL]), printable(identity[:100]))
+    detail, identity = printable(detail[:_LONGEST_DETAIL]), printable(identity[:100])
+    asked = seconds_asked(response.headers.get("Retry-After"))
+    raise ServiceError(response.status_code, detail, identity, retry_after=asked)
 
 
 def _headers(api_key: str | None) -> dict[str, str]:
@@ -177,21 +180,21 @@ class Client:
             time.sleep(0.05)
 
     def _send(self, call: _Call) -> bytes:
-        for attempt in range(1, self._retry.attempts + 1):
-            last = attempt == self._retry.attempts
+        tries = Tries(self._retry)
+        while True:
             try:
                 response = self._http.request(
                     call.method, call.path, content=call.content, params=call.params, headers=call.headers
                 )
             except httpx2.RequestError as error:
-                if last or not isinstance(error, _SENT_NOTHING):
+                wait = tries.next_wait(None) if isinstance(error, _SENT_NOTHING) else None
+                if wait is None:
                     raise _unreachable(self.url, error) from error
-                time.sleep(self._retry.wait(attempt + 1, None))
-                continue
-            if last or response.status_code not in _TRY_AGAIN:
-                return _check(response)
-            time.sleep(self._retry.wait(attempt + 1, response.headers.get("Retry-After")))
-        raise OptionError(f"attempts={self._retry.attempts} is out of range; allowed: from 1")
+            else:
+                wait = tries.next_wait(response.status_code, response.headers.get("Retry-After"))
+                if wait is None:
+                    return _check(response)
+            time.sleep(wait)
 
 
 class AsyncClient:
@@ -276,23 +279,22 @@ class AsyncClient:
             await asyncio.sleep(0.05)
 
     async def _send(self, call: _Call, on_retry: Callable[[], None] = lambda: None) -> bytes:
-        for attempt in range(1, self._retry.attempts + 1):
-            last = attempt == self._retry.attempts
+        tries = Tries(self._retry)
+        while True:
             try:
                 response = await self._http.request(
                     call.method, call.path, content=call.content, params=call.params, headers=call.headers
                 )
             except httpx2.RequestError as error:
-                if last or not isinstance(error, _SENT_NOTHING):
+                wait = tries.next_wait(None) if isinstance(error, _SENT_NOTHING) else None
+                if wait is None:
                     raise _unreachable(self.url, error) from error
-                await asyncio.sleep(self._retry.wait(attempt + 1, None))
-                on_retry()
-                continue
-            if last or response.status_code not in _TRY_AGAIN:
-                return _check(response)
-            await asyncio.sleep(self._retry.wait(attempt + 1, response.headers.get("Retry-After")))
+            else:
+                wait = tries.next_wait(response.status_code, response.headers.get("Retry-After"))
+                if wait is None:
+                    return _check(response)
+            await asyncio.sleep(wait)
             on_retry()
-        raise OptionError(f"attempts={self._retry.attempts} is out of range; allowed: from 1")
 
 
 def _unreachable(url: str, error: httpx2.RequestError) -> InputError:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from attack_client.cases import LADDER, Case
-from attack_client.results import CLEAN, CampaignResult
+from attack_client.load import CLEAN
+from attack_client.results import CampaignResult
 
 _WIDTH, _HEIGHT = 640, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 12, 44

@@ -14,6 +14,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from attack_client.results import WORST, CampaignResult, write_whole
+from attack_client.verdict import in_a_line
 from mithridate.evaluation import Interval
 
 JUNIT = "junit.xml"
@@ -111,14 +112,15 @@ def _found(result: CampaignResult) -> Iterator[_Found]:
             text=_say(case.accuracy, case.interval, len(case.images)) if case.images else "not measured",
             error=case.error,
         )
-    for defense in result.defenses:
-        worst = result.worst(defense)
+    for found in result.verdict.defences:
+        defense, worst = found.name, result.worst(found.name)
+        verdict = "" if found.ruling == "base" else f"\n{in_a_line(result, found)}"
         yield _Found(
             defense=defense,
             attack=WORST,
             seconds=0.0,
             accuracy=worst.accuracy,
-            text=_say(worst.accuracy, worst.interval, worst.images),
+            text=_say(worst.accuracy, worst.interval, worst.images) + verdict,
             error=f"without {', '.join(worst.missing)}" if worst.missing else None,
         )
 

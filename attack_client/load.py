@@ -3,6 +3,9 @@
 Open model: request ``i`` is due at ``i / rate``, whether or not the earlier ones are answered, and its latency counts
 from when it was due. A slow service therefore looks slow (a closed loop would politely wait, and hide it). At most
 ``concurrency`` requests are under way; one that is due but has to wait for a place is ageing already.
+
+A refusal (429) says nothing of the defence: that image is sent again, all of them later and slower (``pace``), and due
+anew. What a service does under more than it takes is the question of a load test, which has a generator of its own.
 """
 
 from __future__ import annotations
@@ -13,8 +16,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from attack_client.answers import Answer
 from attack_client.client import AsyncClient, ServiceError
-from mithridate.errors import InputError, MithridateError
+from attack_client.pace import Pace
+from attack_client.retry import REFUSED
+from mithridate.errors import MithridateError
+
+CLEAN = "clean"
+"""The kind of image that nobody attacked; every other kind is named after its attack."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +40,7 @@ class Shot:
 class Outcome:
     """What came of a shot: the class it was given, or the error; ``latency_ms`` from when it was due.
 
-    ``abstained``: the defence does not stand by that class.
+    ``abstained``: the defence does not stand by that class. ``refused``: how often it had been turned away before.
     """
 
     image: int
@@ -43,6 +52,7 @@ class Outcome:
     latency_ms: float
     service_ms: float | None
     abstained: bool = False
+    refused: int = 0
 
 
 async def fire(
@@ -55,52 +65,66 @@ async def fire(
     progress: Callable[[int, int], None] = lambda done, total: None,
     record: Callable[[Outcome], None] = lambda outcome: None,
     bundle: str | None = None,
+    pace: Pace | None = None,
 ) -> list[Outcome]:
     """Sends all ``shots`` at ``rate`` a second, in random order so that no kind meets a quieter machine.
 
-    ``bundle``: the digest that answers must be of; one of another bundle is an error.
+    ``bundle``: the digest that answers must be of; one of another bundle is an error. ``pace``: in place of ``rate``.
     """
     order = list(shots)
     random.Random(seed).shuffle(order)  # noqa: S311
     places = asyncio.Semaphore(concurrency)
-    start, done = time.perf_counter(), 0
+    turns, done = pace or Pace(rate), 0
 
-    async def one(number: int, shot: Shot) -> Outcome:
+    async def one(shot: Shot) -> Outcome:
         nonlocal done
-        due = start + number / rate
-        await asyncio.sleep(max(0.0, due - time.perf_counter()))
-        async with places:
-            outcome = await _send(client, shot, due, bundle)
+        outcome = await _send(client, shot, turns, places, bundle)
         done += 1
         record(outcome)
         progress(done, len(order))
         return outcome
 
-    return list(await asyncio.gather(*(one(number, shot) for number, shot in enumerate(order))))
+    return list(await asyncio.gather(*map(one, order)))
 
 
-async def _send(client: AsyncClient, shot: Shot, due: float, bundle: str | None) -> Outcome:
-    class_index = label = error = service_ms = None
-    abstained = False
-    try:
-        answer = await client.predict(shot.content, defense=shot.defense)
-        if bundle is not None and answer.bundle.get("digest") != bundle:
-            raise InputError(f"the service now answers from another bundle, {answer.bundle.get('digest')}")
-        first = answer.predictions[0]
-        class_index, label, service_ms = first.class_index, first.label, answer.timings_ms.get("total")
-        abstained = first.abstained
-    except ServiceError as problem:
-        error = f"http {problem.status}"
-    except MithridateError as problem:
-        error = str(problem)
+async def _send(client: AsyncClient, shot: Shot, pace: Pace, places: asyncio.Semaphore, bundle: str | None) -> Outcome:
+    refused = 0
+    while True:
+        turn = await pace.turn()
+        async with places:
+            if pace.given_up:
+                return _outcome(shot, turn.due, f"http {REFUSED}", refused)
+            if not pace.holds(turn):  # another was refused while this one waited for a place
+                continue
+            try:
+                answer = await client.predict(shot.content, defense=shot.defense)
+            except ServiceError as problem:
+                if problem.status == REFUSED:
+                    pace.refused(turn, problem.retry_after)
+                    refused += 1
+                    continue
+                return _outcome(shot, turn.due, f"http {problem.status}", refused)
+            except MithridateError as problem:
+                return _outcome(shot, turn.due, str(problem), refused)
+        pace.answered()
+        given = answer.bundle.get("digest")
+        if bundle is not None and given != bundle:
+            return _outcome(shot, turn.due, f"the service now answers from another bundle, {given}", refused)
+        return _outcome(shot, turn.due, answer, refused)
+
+
+def _outcome(shot: Shot, due: float, came: Answer | str, refused: int) -> Outcome:
+    """``came``: the answer, or the error."""
+    first = None if isinstance(came, str) else came.predictions[0]
     return Outcome(
         image=shot.image,
         kind=shot.kind,
         defense=shot.defense,
-        class_index=class_index,
-        label=label,
-        error=error,
-        latency_ms=1000 * (time.perf_counter() - due),
-        service_ms=service_ms,
-        abstained=abstained,
+        class_index=None if first is None else first.class_index,
+        label=None if first is None else first.label,
+        error=came if isinstance(came, str) else None,
+        latency_ms=1000 * max(0.0, time.perf_counter() - due),
+        service_ms=None if isinstance(came, str) else came.timings_ms.get("total"),
+        abstained=first is not None and first.abstained,
+        refused=refused,
     )

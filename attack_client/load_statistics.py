@@ -40,6 +40,17 @@ def quantiles(times: _Times) -> Quantiles:
     )
 
 
+def seconds_needed(step: LoadStep) -> dict[str, int]:
+    """By percentile that had too few samples beyond it: for how long the step would have to be measured to have them.
+    Empty where nothing was answered: then no duration helps."""
+    count = step.latency.count
+    return {
+        name: math.ceil(Fraction(ENOUGH_BEYOND) / (1 - Fraction(share)) * Fraction(step.seconds) / count)
+        for name, share in _SHARES.items()
+        if count and getattr(step.latency, name) is None
+    }
+
+
 def adversarial_to_clean(latency: _Times, attacked: NDArray[np.bool_], *, seed: int) -> dict[str, Ratio]:
     """Percentiles of the attacked over those of the others, of ``latency`` in the order in which requests were due.
 

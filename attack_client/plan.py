@@ -8,7 +8,7 @@ from typing import Any
 
 from attack_client.answers import BundleDescription
 from attack_client.black_box import BlackBoxPlan
-from attack_client.transfer import Surrogate
+from attack_client.transfer import Surrogate, check_radius
 from attack_client.wire import check_key
 from mithridate.datasets import LabelledImages
 from mithridate.errors import OptionError
@@ -38,6 +38,7 @@ class CampaignPlan:
     api_key: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
+        check_radius(self.epsilon)
         if self.api_key is not None:
             check_key(self.api_key)
         if not 0 < self.timeout_seconds <= 86_400:

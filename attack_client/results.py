@@ -5,23 +5,28 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from attack_client import verdict
 from attack_client.answers import BundleDescription
 from attack_client.cases import Case
-from attack_client.load import Outcome
+from attack_client.load import CLEAN, Outcome
+from attack_client.own_card import OwnCard
 from attack_client.plan import CampaignPlan
 from attack_client.transfer import Crafted
 from attack_client.workspace import OUTCOMES
 from mithridate.datasets import LabelledImages
 from mithridate.evaluation import Interval, percentile, wilson_interval
+from mithridate.evaluation.findings import Evaluation
+from mithridate.evaluation.paired import worst_case
+from mithridate.evaluation.report import threats
 
-CLEAN = "clean"
 WORST = "worst case"
 SUMMARY = "summary.json"
 IMAGES = "images.jsonl"
@@ -30,7 +35,8 @@ IMAGES = "images.jsonl"
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """One defence against one kind of image. Only what is right, and stood by, counts in ``accuracy``: an image without
-    an answer does not (``errors``), nor does one that the defence abstains from (``abstained``)."""
+    an answer does not (``errors``), nor does one that the defence abstains from (``abstained``). ``refused`` requests
+    were sent again later; latencies are of the last time."""
 
     defense: str
     kind: str
@@ -43,6 +49,7 @@ class Row:
     p50_ms: float
     p95_ms: float
     p99_ms: float
+    refused: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +82,9 @@ class CampaignResult:
     outcomes: tuple[Outcome, ...]
     crafted: tuple[Crafted, ...]
     cases: tuple[Case, ...] = ()
+    descriptions: Mapping[str, str] = field(default_factory=dict)
+    """Of its defences, by the service."""
+    own_card: OwnCard = field(default_factory=OwnCard)
 
     def row(self, defense: str, kind: str) -> Row:
         """The row of that defence and kind."""
@@ -89,15 +99,24 @@ class CampaignResult:
                 found[outcome.image] = outcome.class_index == int(truth[outcome.image]) and not outcome.abstained
         return found
 
+    def standing(self, defense: str) -> tuple[bool, ...]:
+        """For each image whether that defence read it right as it was and under everything that was sent."""
+        rows = [self.right(defense, kind) for kind in (CLEAN, *self.plan.attacks)]
+        cases = [case for case in self.cases if case.defense == defense and case.error is None]
+        return worst_case([*rows, *([image.stands for image in case.images] for case in cases)])
+
+    @cached_property
+    def verdict(self) -> Evaluation:
+        """What may be said of the defences, beside the base model."""
+        return verdict.find(self)
+
     def worst(self, defense: str) -> Worst:
         """The per-image worst case over everything that was sent."""
         cases = [case for case in self.cases if case.defense == defense]
-        standing = [self.right(defense, kind) for kind in (CLEAN, *self.plan.attacks)]
-        standing += [[image.stands for image in case.images] for case in cases if case.error is None]
         lost = {row.kind: sum(row.errors.values()) for row in self.rows if row.defense == defense}
         return Worst(
             defense=defense,
-            right=sum(map(all, zip(*standing, strict=True))),
+            right=sum(self.standing(defense)),
             images=len(self.plan.data),
             missing=(
                 *(f"{count} images ({kind})" for kind, count in lost.items() if count),
@@ -120,7 +139,9 @@ class CampaignResult:
                 {"name": c.attack, "epsilon": str(c.epsilon), "fooled_surrogate": int(c.fooled.sum())}
                 for c in self.crafted
             ],
+            "verdict": verdict.to_json(self),
             "threat_model": threat_model(plan),
+            "atlas": [asdict(entry) for entry in techniques(self)],
             "rate_per_second": plan.rate,
             "seed": plan.seed,
             "command": plan.command,
@@ -151,6 +172,17 @@ def threat_model(plan: CampaignPlan) -> str:
     return "; ".join(parts)
 
 
+def techniques(result: CampaignResult) -> list[threats.Entry]:
+    """Of MITRE ATLAS: what this campaign exercised."""
+    found = [entry for entry in threats.techniques(result.verdict) if entry.id != "AML.T0040"]
+    if asking := dict.fromkeys(case.attack for case in result.cases):  # random noise asks as well
+        found.insert(0, threats.Entry(id="AML.T0040", name="AI model inference API access", by=", ".join(asking)))
+    scored = dict.fromkeys(case.attack for case in result.cases if case.error is None and case.track == "scores")
+    if scored:
+        found.append(threats.Entry(id="AML.T0063", name="Discover AI model outputs", by=", ".join(scored)))
+    return found
+
+
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
     """As JSON, which has no NaN: percentiles of nothing are null."""
     return {
@@ -176,6 +208,7 @@ def count(data: LabelledImages, outcomes: Sequence[Outcome], defense: str, kind:
         p50_ms=percentile(latencies, 0.50),
         p95_ms=percentile(latencies, 0.95),
         p99_ms=percentile(latencies, 0.99),
+        refused=sum(o.refused for o in mine),
     )
 
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from mithridate.attacks import parse_attack
 from mithridate.bundle import Bundle
 from mithridate.datasets import LabelledImages
+from mithridate.errors import OptionError
 from mithridate.models import Classifier, load_classifier
 from mithridate.types import Epsilon, to_images
 
@@ -45,6 +46,12 @@ class Crafted:
         return f"sha256:{hashlib.sha256(self.pixels.tobytes()).hexdigest()}"
 
 
+def check_radius(epsilon: Epsilon) -> None:
+    """Raises OptionError for a radius of zero: every defence would stand, and nothing would have been tried."""
+    if not epsilon.levels:
+        raise OptionError(f"epsilon {epsilon} leaves an attack nothing to change; allowed: 1/255 to 255/255")
+
+
 def load_surrogate(path: Path, data: LabelledImages, *, arch: str | None = None) -> Surrogate:
     """A bundle directory or a model file. Raises BundleError, ModelError, or OptionError where it does not fit."""
     if path.is_dir():
@@ -58,7 +65,11 @@ def load_surrogate(path: Path, data: LabelledImages, *, arch: str | None = None)
 
 
 def craft(surrogate: Surrogate, data: LabelledImages, *, attack: str, epsilon: Epsilon, seed: int) -> Crafted:
-    """Runs ``attack`` on the true labels of ``data``: the attacker knows what it wants misread."""
+    """Runs ``attack`` on the true labels of ``data``: the attacker knows what it wants misread.
+
+    Raises OptionError for a radius of zero, or an unknown attack.
+    """
+    check_radius(epsilon)
     pgd = parse_attack(attack, epsilon=epsilon)
     generator = torch.Generator().manual_seed(seed)
     found, fooled = [], []

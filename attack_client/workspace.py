@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TextIO
@@ -29,6 +30,8 @@ class Workspace:
     def __init__(self, out: Path, *, resume: bool = False) -> None:
         if out.exists() and not resume:
             raise OptionError(f"{out} exists already; choose another name, remove it first, or go on with --resume")
+        self._made = not out.exists()
+        self._planned = False
         try:
             out.mkdir(parents=True, exist_ok=resume)
         except OSError as error:
@@ -59,6 +62,7 @@ class Workspace:
         if not all(path.name == f"{PLAN}.part" for path in self.out.iterdir()):
             raise OptionError(f"{self.out} holds something else than an attack that was begun; choose another --out")
         self._write_plan(identity)
+        self._planned = True
         return []
 
     def settle(self, key: str, value: Any) -> None:
@@ -88,15 +92,15 @@ class Workspace:
         return directory
 
     def discard_if_empty(self) -> bool:
-        """Removes it where nothing was measured. Whether it did."""
+        """Whether nothing was measured. Then it is left as it was found: what was there before belongs to somebody."""
         if not self.empty:
             return False
-        for path in self.out.iterdir():
-            if path.name not in (PLAN, f"{PLAN}.part"):
-                return False
-        for path in self.out.iterdir():
-            path.unlink()
-        self.out.rmdir()
+        if self._planned:
+            for name in (PLAN, f"{PLAN}.part"):
+                (self.out / name).unlink(missing_ok=True)
+        if self._made:
+            with suppress(OSError):  # somebody else has put something there meanwhile
+                self.out.rmdir()
         return True
 
     def close(self) -> None:
@@ -130,11 +134,11 @@ class Workspace:
         if whole != content:
             with path.open("r+b") as file:
                 file.truncate(len(whole))
-        names = [field.name for field in fields(Outcome)]
+        names = {field.name for field in fields(Outcome)}
         try:
             lines = [json.loads(line) for line in whole.splitlines()]
-            outcomes = [Outcome(**{name: line[name] for name in names}) for line in lines]
-        except (ValueError, KeyError, TypeError) as error:
+            outcomes = [Outcome(**{name: line[name] for name in names.intersection(line)}) for line in lines]
+        except (ValueError, TypeError) as error:
             raise InputError(f"{path} is damaged; start again in a new directory") from error
         return [outcome for outcome in outcomes if outcome.error is None]
 

@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 
 
 def print_result(result: CampaignResult) -> None:
-    """What was sent as it is, what the black-box attacks found, and the worst case."""
+    """What was sent as it is, what the black-box attacks found, the worst case, and the verdict on every defence."""
+    from attack_client.verdict import WHO_KNOWS, in_a_line, only
+
     _print_sent(result)
     if result.cases:
         _print_cases(result)
@@ -21,14 +23,17 @@ def print_result(result: CampaignResult) -> None:
         for worst in map(result.worst, result.defenses)
     ]
     print_table("worst case of everything above, image by image", ["defence", "accuracy", "95 % interval", "n"], rows)
-    if result.plan.attacks:
-        note("Static transfer: the attacker does not know the defence. One who does can do better.")
-    if result.cases:
-        note("Black box: the attacker only asks. One who knows the defence can do better.")
+    judged = [found for found in result.verdict.defences if found.ruling != "base"]
+    for found in judged:
+        print(in_a_line(result, found))
+    if not judged:
+        note(f"Only the base model was attacked, {only(result.plan)}: {WHO_KNOWS}.")
 
 
 def _print_sent(result: CampaignResult) -> None:
     plan = result.plan
+    if refused := sum(row.refused for row in result.rows):
+        note(f"{refused} requests were refused (429) and sent again, as late as the service asked and at a lower rate")
     rows = [
         [
             f"{row.kind} / {row.defense}",
@@ -51,7 +56,7 @@ def _print_sent(result: CampaignResult) -> None:
 
 def _print_cases(result: CampaignResult) -> None:
     from attack_client.cases import rungs
-    from attack_client.results import CLEAN
+    from attack_client.load import CLEAN
 
     asked = result.plan.black_box
     assert asked is not None

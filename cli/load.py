@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from attack_client.load_plan import Files, LoadPlan
     from mithridate.evaluation.service_load import LoadSummary
 
+_PERCENTILES = {"p50": "p50", "p95": "p95", "p99": "p99", "p999": "p99.9"}
+"""As they are called in a summary and by people."""
+
 
 def load(
     url: Annotated[str, typer.Argument(help="The service, as http://127.0.0.1:8000")],
@@ -62,7 +65,7 @@ def load(
     Exit code 1: nothing was answered, or not even the lowest rate was sustained.
     """
     from attack_client.load_plan import LoadPlan, from_dataset, from_files
-    from attack_client.transfer import craft, load_surrogate
+    from attack_client.transfer import check_radius, craft, load_surrogate
     from mithridate.errors import OptionError
 
     if bool(dataset) == bool(images):
@@ -75,6 +78,9 @@ def load(
         raise OptionError(f"{out} exists already; choose another name or remove it first")
     if clients is not None and rate is not None:
         raise OptionError("give either --rate (open model) or --clients (closed model)")
+    radius = shared.customary_epsilon(dataset, epsilon) if dataset and attack else None
+    if radius is not None:
+        check_radius(radius)
 
     key = shared.api_key(api_key_env)
     plan = LoadPlan(
@@ -101,14 +107,13 @@ def load(
         shared.use_threads(threads)
         shared.allow_local_code(arch)
         data = shared.load_data(dataset, data_root=data_root, download=download, image_size=image_size, split="test")
-        if attack is None:
+        if attack is None or radius is None:
             files = from_dataset(data)
         else:
             source = model or bundle
             assert source is not None
             surrogate = load_surrogate(source, data, arch=arch)
             note(f"making adversarial copies of {len(data)} images with {attack}")
-            radius = shared.customary_epsilon(dataset, epsilon)
             crafted = craft(surrogate, data, attack=attack, epsilon=radius, seed=seed)
             files = from_dataset(data, crafted, surrogate=surrogate.source)
     summary = _run(plan, files, out)
@@ -156,6 +161,17 @@ def _run(plan: LoadPlan, files: Files, out: Path | None) -> LoadSummary:
     return summary
 
 
+def _say_what_is_missing(summary: LoadSummary) -> None:
+    """One line, of the step that would take longest: what holds for it is enough for the others."""
+    from attack_client.load_statistics import ENOUGH_BEYOND, seconds_needed
+
+    step = max(summary.steps, key=lambda step: max(seconds_needed(step).values(), default=0))
+    if needed := seconds_needed(step):
+        at = f"{step.set_rate:.4g}/s" if step.set_rate else f"{step.clients} clients"
+        durations = ", ".join(f"{_PERCENTILES[name]} {seconds}" for name, seconds in needed.items())
+        note(f'"-": fewer than {ENOUGH_BEYOND} samples beyond; --duration that is long enough at {at}: {durations}')
+
+
 def _print(summary: LoadSummary) -> None:
     from attack_client.load_report import milliseconds, representative
 
@@ -166,7 +182,7 @@ def _print(summary: LoadSummary) -> None:
             "" if step.rate_deviation is None else f"{100 * step.rate_deviation:+.2f} %",
             f"{step.answered_rate:.4g}",
             percent(step.goodput_share),
-            *(milliseconds(getattr(step.latency, name)) for name in ("p50", "p95", "p99", "p999")),
+            *(milliseconds(getattr(step.latency, name)) for name in _PERCENTILES),
             str(step.latency.beyond_p999),
             str(sum(step.errors.values())),
             milliseconds(step.generator.p99),
@@ -182,6 +198,7 @@ def _print(summary: LoadSummary) -> None:
         if step.errors:
             name = f"{step.set_rate:.4g}/s" if step.set_rate else f"{step.clients} clients"
             note(f"errors at {name}: {', '.join(f'{kind} {count}' for kind, count in step.errors.items())}")
+    _say_what_is_missing(summary)
     shown = representative(summary)
     for name, ratio in shown.adversarial_to_clean.items():
         note(f"adversarial / clean at {name}: {ratio.value:.2f} ({ratio.low:.2f} to {ratio.high:.2f}, 95 %)")

@@ -59,7 +59,8 @@ class FakeService:
     """Speaks the API without a model. It ``says`` of every image that it is that class, by its ``label``, after
     ``seconds`` of work, one request at a time; every ``fails_every``-th request gets a 500 instead, and every one with
     several images if ``fails_together``. It ``abstains`` from all answers; a share ``random`` of them is another
-    class."""
+    class. So many requests to predict, of one image and of several, it ``refuses`` before it takes any. ``card``:
+    status and content of its card."""
 
     def __init__(
         self,
@@ -73,8 +74,12 @@ class FakeService:
         random: float = 0.0,
         defenses: tuple[str, ...] = ("none", "rmc"),
         arch: str = "fake",
+        refuses: int = 0,
+        card: tuple[int, dict[str, Any]] = (404, {"detail": "no card", "request_id": "r"}),
     ) -> None:
         self.images = 0
+        self.refused = {False: 0, True: 0}
+        self._refuses, self._card = refuses, card
         self._says = says
         self._label = DIGITS[says] if label is None else label
         self._seconds = seconds
@@ -106,17 +111,23 @@ class FakeService:
             message = await receive()
             body, more = body + message.get("body", b""), message.get("more_body", False)
         status, content = 200, self._described.get(scope["path"])
-        if content is None:
+        headers = [(b"content-type", b"application/json")]
+        together = body.startswith(b"{")
+        if scope["path"] == "/v1/card":
+            status, content = self._card
+        elif content is None and self.refused[together] < self._refuses:
+            self.refused[together] += 1
+            status, content = 429, {"detail": "60 requests a minute", "request_id": "r"}
+            headers.append((b"retry-after", b"0"))
+        elif content is None:
             async with self._work:
                 await asyncio.sleep(self._seconds)
-            together = body.startswith(b"{")
             if (self._fails_together and together) or (
                 self._fails_every and next(self._numbers) % self._fails_every == 0
             ):
                 status, content = 500, {"detail": "a bad day", "request_id": "r"}
             else:
                 content = self._answer(json.loads(body) if together else {"images": [body], "top_k": 1})
-        headers = [(b"content-type", b"application/json")]
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": json.dumps(content).encode()})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -18,6 +19,7 @@ from attack_client.junit import judge, write_junit
 from attack_client.plan import CampaignPlan
 from attack_client.report import write_html
 from attack_client.results import CampaignResult, image_lines, write_results
+from attack_client.strips import draw_strips
 from attack_client.workspace import Workspace
 from mithridate.attacks.black_box import parse_black_box
 from mithridate.attacks.in_process import InProcessOracle
@@ -185,6 +187,12 @@ def test_what_fails_is_told_and_the_rest_goes_on(data: LabelledImages, tmp_path:
     write_results(found, tmp_path)
 
 
+def test_a_refused_query_is_asked_again_until_it_is_let_in(data: LabelledImages, tmp_path: Path) -> None:
+    with listening(FakeService(refuses=7)) as url:
+        found = attack(data, url, tmp_path / "out", queries=5)
+    assert [case.error for case in found.cases] == [None, None]
+
+
 def test_nobody_there_ends_it(data: LabelledImages, tmp_path: Path) -> None:
     plan = BlackBoxPlan(attacks=("square",), epsilon=EPSILON, queries=5)
     gone = CampaignPlan(
@@ -214,13 +222,30 @@ def test_a_threshold_is_for_the_defences_that_are_named(result: CampaignResult, 
     assert len(verdicts) == 3 * 3, "two attacks and the worst case of each defence"
 
 
+def test_only_images_that_were_attacked_are_shown_as_fallen(result: CampaignResult, data: LabelledImages) -> None:
+    """By queries, those that were misread when clean would come first: they "fall" at the very first one."""
+    shown = draw_strips(result)
+    assert shown
+    assert {said.defense for strip in shown for said in strip.said} <= {"rmc", "webnn"}
+    wrong = dataclasses.replace(data, labels=(data.labels + 1) % 10)  # as if all of them were misread when clean
+    relabelled = dataclasses.replace(result, plan=dataclasses.replace(result.plan, data=wrong))
+    assert draw_strips(relabelled) == []
+    cases = tuple(dataclasses.replace(case, pixels=data.images) for case in result.cases)
+    assert draw_strips(dataclasses.replace(result, cases=cases)) == [], "what is as it was has not been attacked"
+
+
+def test_where_only_the_base_model_was_attacked_its_failures_are_shown(result: CampaignResult) -> None:
+    alone = dataclasses.replace(result, defenses=("none",), cases=tuple(c for c in result.cases if c.defense == "none"))
+    assert {said.defense for strip in draw_strips(alone) for said in strip.said} == {"none"}
+
+
 def test_the_page_draws_accuracy_against_queries(result: CampaignResult, tmp_path: Path) -> None:
     write_html(result, tmp_path / "report.html")
     html = (tmp_path / "report.html").read_text()
-    assert html.count("<svg") == 2
+    assert html.count('<figure class="asked">') == 2
     for case in result.cases:
         assert f"{100 * case.accuracy:.1f} %" in html
-    assert not re.findall(r"<script|<link|@import|(?:src|href)=\"(?!data:)|url\(", html)
+    assert not re.findall(r"<script|<link|@import|(?:src|href)=\"(?!data:|#)|url\(", html)
     assert "static attack" not in html, "none was made"
 
 
@@ -230,6 +255,7 @@ def test_what_cannot_be_asked_for(data: LabelledImages, tmp_path: Path) -> None:
         ({"concurrency": 0}, "concurrency 0"),
         ({"attacks": ("sqare",)}, "unknown black-box attack 'sqare'"),
         ({"track": "labels"}, "square needs scores"),
+        ({"epsilon": Epsilon(0)}, "epsilon 0/255 leaves an attack nothing to change"),
         ({"attacks": ("square", "square")}, "named twice"),
     ):
         with pytest.raises(OptionError, match=told):

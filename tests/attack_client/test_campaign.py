@@ -20,6 +20,7 @@ from attack_client.load import Outcome, Shot, fire
 from attack_client.plan import CampaignPlan
 from attack_client.report import write_html
 from attack_client.results import CampaignResult, write_results
+from attack_client.strips import draw_strips
 from attack_client.transfer import Surrogate, load_surrogate
 from mithridate.datasets import LabelledImages, load_dataset
 from mithridate.errors import InputError, OptionError
@@ -160,7 +161,7 @@ def test_the_report_is_one_page_with_the_numbers(run: tuple[CampaignResult, Repo
     for row in result.rows:
         assert f"{100 * row.accuracy:.1f} %" in html
     assert "static attack" in html
-    assert not re.findall(r"<script|<link|@import|(?:src|href)=\"(?!data:)", html)
+    assert not re.findall(r"<script|<link|@import|(?:src|href)=\"(?!data:|#)", html)
 
 
 def test_errors_count_as_wrong_and_are_told(plan: CampaignPlan, data: LabelledImages) -> None:
@@ -181,6 +182,31 @@ def test_errors_count_as_wrong_and_are_told(plan: CampaignPlan, data: LabelledIm
         missing = result.worst(defense).missing
         for kind in ("clean", *plan.attacks):
             assert f"{result.row(defense, kind).errors['http 500']} images ({kind})" in missing
+
+
+def test_images_show_what_an_attack_did(run: tuple[CampaignResult, Reports], data: LabelledImages) -> None:
+    result, _ = run
+    strips = draw_strips(result)
+    clean, attacked = result.right("rmc", "clean"), result.right("rmc", "pgd20")
+    assert 1 <= len(strips) <= 12
+    assert all(clean[strip.number] for strip in strips), "an image that was misread anyway shows no attack"
+    rights = [attacked[strip.number] for strip in strips]
+    assert rights == sorted(rights), "failures first"
+    assert rights[0] == all(right for right, before in zip(attacked, clean, strict=True) if before)
+    base = dataclasses.replace(result, defenses=("none",))
+    assert all(result.right("none", "clean")[strip.number] for strip in draw_strips(base))
+    assert not draw_strips(base)[0].said[0].right
+
+
+def test_a_refusal_is_no_wrong_answer(plan: CampaignPlan, data: LabelledImages) -> None:
+    """A key with a small allowance slows the attack down; it makes no defence look worse than it is."""
+    service = FakeService(refuses=150)
+    with listening(service) as url:
+        result = run_campaign(dataclasses.replace(plan, url=url, rate=1000), progress=quiet)
+    zeros = sum(label == 0 for label in data.labels)
+    assert [row.errors for row in result.rows] == [{}] * 4
+    assert [row.correct for row in result.rows] == [zeros] * 4
+    assert sum(row.refused for row in result.rows) == sum(outcome.refused for outcome in result.outcomes) == 150
 
 
 def test_answers_of_a_bundle_that_was_put_there_meanwhile_do_not_count(plan: CampaignPlan) -> None:
@@ -241,6 +267,8 @@ def test_what_cannot_be_asked_for(plan: CampaignPlan) -> None:
             dataclasses.replace(plan, rate=rate)
     with pytest.raises(OptionError, match="no attack was named"):
         dataclasses.replace(plan, attacks=())
+    with pytest.raises(OptionError, match="epsilon 0/255 leaves an attack nothing to change; allowed: 1/255 to"):
+        dataclasses.replace(plan, epsilon=Epsilon(0))
 
 
 def test_a_model_for_other_data(digits_bundle: Path, data: LabelledImages) -> None:

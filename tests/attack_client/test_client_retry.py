@@ -17,6 +17,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from attack_client import Answer, AsyncClient, Client, RetryPolicy, ServiceError
+from attack_client.pace import Pace
 from mithridate.errors import InputError, OptionError
 
 Respond = Callable[[httpx2.Request], httpx2.Response]
@@ -53,9 +54,9 @@ def busy(status: int = 429, after: str | None = None) -> httpx2.Response:
     return httpx2.Response(status, json=PROBLEM, headers={"Retry-After": after} if after is not None else {})
 
 
-def ask(face: str, server: Respond, *, attempts: int = 5, cap_seconds: float = 10.0) -> Answer:
+def ask(face: str, server: Respond, **policy: Any) -> Answer:
     """One prediction from ``server`` by the client with this face."""
-    retry = RetryPolicy(attempts=attempts, base_seconds=0.01, cap_seconds=cap_seconds)
+    retry = RetryPolicy(**{"base_seconds": 0.01, **policy})
     transport = httpx2.MockTransport(server)
     if face == "sync":
         with Client("http://service", retry=retry, transport=transport) as client:
@@ -118,6 +119,67 @@ def test_at_last_it_gives_up(face: str, attempts: int) -> None:
         ask(face, server, attempts=attempts)
     assert len(server.bodies) == attempts
     assert (raised.value.status, raised.value.detail, raised.value.request_id) == (429, PROBLEM["detail"], "abc")
+
+
+@pytest.mark.parametrize("face", FACES)
+def test_patience_waits_for_a_turn_however_often_it_is_refused(face: str) -> None:
+    server = Server(*[busy(after="0")] * 8, ok())
+    assert ask(face, server, attempts=2, patience_seconds=30).predictions
+    assert len(server.bodies) == 9
+    assert server.waited >= 0.01, "not in a circle, even where the service asks for no wait"
+
+
+@pytest.mark.parametrize("face", FACES)
+def test_patience_ends_and_is_only_for_refusals(face: str) -> None:
+    server = Server(busy(after="0"))
+    with pytest.raises(ServiceError) as raised:
+        ask(face, server, attempts=2, base_seconds=0.05, patience_seconds=0.3)
+    assert 3 <= len(server.bodies) <= 7
+    assert (raised.value.status, raised.value.retry_after) == (429, 0)
+    dead = Server(busy(503, after="0"))
+    with pytest.raises(ServiceError, match="HTTP 503"):
+        ask(face, dead, attempts=2, patience_seconds=30)
+    assert len(dead.bodies) == 2
+
+
+def test_a_refusal_puts_off_and_slows_down_what_is_still_to_be_sent() -> None:
+    async def main() -> None:
+        pace = Pace(1000)
+        first, under_way = await pace.turn(), await pace.turn()
+        assert under_way.due - first.due == pytest.approx(0.001)
+        refused = time.perf_counter()
+        pace.refused(first, 0.2)
+        pace.refused(under_way, 0.1)
+        assert not pace.holds(under_way), "what is about to go out has to wait as well"
+        turns = [await pace.turn() for _ in range(3)]
+        assert turns[0].due >= refused + 0.2
+        assert turns[1].due - turns[0].due == pytest.approx(1 / 500), "once for all that were under way"
+        for _ in range(20):
+            pace.refused(await pace.turn(), 0.01)
+        slow = [await pace.turn() for _ in range(2)]
+        assert slow[1].due - slow[0].due == pytest.approx(0.01), "not slower than the service asks for"
+        for _ in range(2000):
+            pace.answered()
+        quick = [await pace.turn() for _ in range(2)]
+        assert quick[1].due - quick[0].due == pytest.approx(0.001)
+        assert not pace.given_up
+
+    asyncio.run(main())
+
+
+def test_a_service_that_refuses_for_too_long_is_given_up() -> None:
+    async def main() -> None:
+        pace = Pace(1000, longest_wait_seconds=0.1, patience_seconds=0.15)
+        pace.refused(await pace.turn(), 86_400)
+        assert not pace.given_up, "a day is too long, but not for the first time"
+        pace.refused(await pace.turn(), 86_400)
+        assert pace.given_up
+        started = time.perf_counter()
+        for _ in range(100):
+            await pace.turn()
+        assert time.perf_counter() - started < 0.1, "nothing is waited for any more"
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize("face", FACES)

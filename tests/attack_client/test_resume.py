@@ -207,6 +207,29 @@ def test_what_is_no_attack_is_left_alone(tmp_path: Path) -> None:
             attack(url, None, tmp_path / "empty", resume=True)
 
 
+def test_where_nothing_was_measured_all_is_as_it_was(tmp_path: Path) -> None:
+    """A directory that was there is the user's, empty or not, and so is an attack that was begun before."""
+    empty, begun, ours = tmp_path / "empty", tmp_path / "begun", tmp_path / "ours"
+    empty.mkdir()
+    Workspace(begun).begin({"seed": 0})
+    for out in (empty, begun):
+        workspace = Workspace(out, resume=True)
+        workspace.begin({"seed": 0})
+        assert workspace.discard_if_empty()
+    assert list(empty.iterdir()) == []
+    assert [path.name for path in begun.iterdir()] == ["plan.json"]
+    (empty / "thesis.tex").write_text("x")
+    workspace = Workspace(empty, resume=True)
+    with pytest.raises(OptionError, match="something else"):
+        workspace.begin({"seed": 0})
+    assert workspace.discard_if_empty(), "there is nothing to go on with"
+    assert [path.name for path in empty.iterdir()] == ["thesis.tex"]
+    workspace = Workspace(ours, resume=True)
+    workspace.begin({"seed": 0})
+    assert workspace.discard_if_empty()
+    assert not ours.exists()
+
+
 @pytest.mark.parametrize("plan", ["[]", "7", "{", "\N{SNOWMAN}"])
 def test_a_damaged_plan_is_said_in_one_line(tmp_path: Path, plan: str) -> None:
     with listening(FakeService(defenses=("none", "webnn"))) as url:

@@ -67,6 +67,19 @@ def test_clients_in_a_loop(mithridate: Callable, quick: str, tmp_path: Path) -> 
     assert "Closed model" in result.err
 
 
+def test_a_run_too_short_for_a_percentile_says_how_long_it_has_to_be(
+    mithridate: Callable, quick: str, tmp_path: Path
+) -> None:
+    (tmp_path / "x.png").write_bytes(b"x")
+    sent = ("load", quick, "--images", tmp_path / "x.png", "--rate", "40,20", "--warmup", "0")
+    said = [line for line in mithridate(*sent, "--duration", "1").err.splitlines() if "--duration" in line]
+    assert len(said) == 1
+    assert said[0].endswith(
+        "fewer than 5 samples beyond; --duration that is long enough at 20/s: p95 5, p99 25, p99.9 250"
+    )
+    assert "p95" not in mithridate(*sent, "--duration", "5").err, "and so it is"
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -77,6 +90,7 @@ def test_clients_in_a_loop(mithridate: Callable, quick: str, tmp_path: Path) -> 
         (("--attack", "pgd2"), "needs a --dataset and one model"),
         (("--model", "m"), "needs an --attack"),
         (("--objective-ms", "nan"), "objective nan"),
+        (("--attack", "pgd2", "--model", "m", "--epsilon", "0/255"), "epsilon 0/255 leaves an attack nothing to"),
         ((), "does not answer"),
     ],
 )

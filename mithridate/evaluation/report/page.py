@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import BaseLoader, ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from mithridate.evaluation import wording
@@ -24,9 +24,15 @@ _SMALL = 96
 
 def render(evaluation: Evaluation) -> str:
     """The page's HTML."""
+    page = environment().get_template("page.html.jinja")
+    return wording.printable(page.render(content(evaluation)))
+
+
+def environment(*loaders: BaseLoader) -> Environment:
+    """With the sections of this page, for this one and others; templates of ``loaders`` come first."""
     # Labels and names come from data and services that may not be friends.
     environment = Environment(
-        loader=PackageLoader("mithridate.evaluation.report"),
+        loader=ChoiceLoader([*loaders, PackageLoader("mithridate.evaluation.report")]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -40,13 +46,15 @@ def render(evaluation: Evaluation) -> str:
     environment.globals.update({name: getattr(matrix, name) for name in ("fallen", "strongest", "heat")})
     environment.globals.update(applied_gates=wording.applied_gates, share_of=_share_of, is_small=_is_small)
     environment.filters["breakable"] = _breakable
-    return wording.printable(environment.get_template("page.html.jinja").render(_content(evaluation)))
+    return environment
 
 
-def _content(evaluation: Evaluation) -> dict[str, Any]:
+def content(evaluation: Evaluation) -> dict[str, Any]:
+    """What those sections are rendered with. ``facts``: by defence, more lines for its card: name and text."""
     base = evaluation.base
     return {
         "run": evaluation,
+        "facts": {},
         "base": base,
         "others": matrix.others(evaluation),
         "headline": verdicts.headline(evaluation),
