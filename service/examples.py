@@ -112,6 +112,7 @@ CARD: dict[str, Any] = {
     "images": 1000,
     "epsilon": "8/255",
     "suite": "full",
+    "effort": {"rounds": 10, "steps": 40, "queries": 1000, "repeats": 20, "gate_images": 50, "minutes": 20},
     "seed": 0,
     "defenses": [
         {

@@ -60,7 +60,7 @@ def test_a_clock_that_jumps_changes_no_deadline_and_no_answer(
     clock = CLOCK.format(path=str(tmp_path / "jump"))
     engines = f"from service import engine_process\nengine_process._MAIN = {clock!r} + engine_process._MAIN\n"
     server = ServerProcess(
-        tmp_path / "log", before=clock + engines, bundle=digits_bundle, isolation="process", threads=1
+        tmp_path / "log", before=clock + engines, bundle=digits_bundle, isolation="process", threads=1, offer=[SLOW]
     )
     with contextlib.closing(server):
         wait_ready(server.client)

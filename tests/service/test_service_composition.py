@@ -109,7 +109,7 @@ def _scores(found: object) -> list[float]:
         ("prm+prm", "two stages of a kind"),
         ("webnn+sap", "webnn stands alone"),
         ("prm:passes=4+sap", "passes=4 cannot be followed by another stage"),
-        ("prm+rmd", "unknown defence 'rmd' (did you mean 'rmc'?)"),
+        ("prm+rmd", "unknown defence 'prm+rmd' (did you mean 'prm+rmc'?)"),
         ("prm:lambda=3+rmc", "lambda=3.0 is out of range; allowed: 0 to 1"),
         ("prm:module=4+rmc", "is not offered here; allowed: "),
         ("rmc+region", "is not offered here; allowed: "),
