@@ -9,7 +9,7 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,15 +87,20 @@ class QueryTelemetry:
         with self._lock:
             taken = [self._pending.popleft() for _ in range(len(self._pending))]
             self._pending_bytes = 0  # at worst a little more than allowed is noted meanwhile
-            together: dict[tuple[str, str], list[_Answered]] = {}
-            for answered in taken:
-                together.setdefault((answered.bundle.digest, answered.client), []).append(answered)
-            for answers in together.values():
-                try:
-                    self._compare(answers)
-                except Exception:  # telemetry must not end, and must not take the service along
-                    logger.exception("telemetry failed for %d requests", len(answers))
-                    self._metrics.not_compared.inc(sum(len(answered.embeddings) for answered in answers))
+            # In the order in which the bundles were live: mixed, each turn between two would make it begin anew.
+            for _, run in itertools.groupby(taken, key=lambda answered: answered.bundle.digest):
+                self._compare_all(run)
+
+    def _compare_all(self, answered: Iterable[_Answered]) -> None:
+        together: dict[str, list[_Answered]] = {}
+        for one in answered:
+            together.setdefault(one.client, []).append(one)
+        for answers in together.values():
+            try:
+                self._compare(answers)
+            except Exception:  # telemetry must not end, and must not take the service along
+                logger.exception("telemetry failed for %d requests", len(answers))
+                self._metrics.not_compared.inc(sum(len(one.embeddings) for one in answers))
 
     def close(self) -> None:
         """Ends the thread, and compares what is left."""

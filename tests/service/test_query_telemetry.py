@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from typing import Any
 
@@ -114,6 +115,26 @@ def test_telemetry_that_is_behind_leaves_out_and_says_so(serving: Serving, clean
         metrics = read_metrics(client)
     assert metrics["not_compared_queries_total",] + metrics["compared_queries_total",] == 40_001
     assert min(metrics["not_compared_queries_total",], metrics["compared_queries_total",]) > 1000
+
+
+def test_what_waits_is_compared_in_the_order_of_the_bundles(serving: Serving) -> None:
+    """Of another bundle and back again, within one turn of the thread: the last one's queries are what is kept."""
+    with serving(offer=["none"]) as client:
+        watch = telemetry(client)
+        app: Any = client.app
+        bundle = app.state.service.engine.loaded.bundle
+        other = copy.copy(bundle)
+        object.__setattr__(other, "digest", "sha256:other")
+        image = torch.zeros(1, bundle.embeddings.shape[1])
+        with watch._lock:  # none is taken before all are there
+            for one in (bundle, other, bundle):
+                watch.saw(one, Asker(key_id="a", address=""), 1, image)
+        watch.flush()
+        kept = watch._recent
+        watch.saw(bundle, Asker(key_id="a", address=""), 1, image)
+        watch.flush()
+        assert watch._recent is kept
+        assert read_metrics(client)["compared_queries_total",] == 4
 
 
 def test_it_can_be_turned_off(serving: Serving, clean: list[bytes]) -> None:
