@@ -59,6 +59,7 @@ def main(
         ThroughSurrogate(epsilon=radius, steps=rounds * steps),
         Hijack(epsilon=radius, steps=rounds * steps),
     ]
+    content = {"bundle": opened.digest, "images": len(data), "rounds": rounds, "steps": steps, "defense": defense}
     rows: list[dict[str, Any]] = []
     for one in attacks:
         if attack and one.name not in attack:
@@ -68,8 +69,7 @@ def main(
         minutes = (time.perf_counter() - started) / 60
         rows.append({"attack": one.name, "gradient_steps": one.gradient_steps, "minutes": round(minutes, 2)})
         print(f"{one.name}: {minutes:.1f} minutes", flush=True)
-    content = {"bundle": opened.digest, "images": len(data), "rounds": rounds, "steps": steps, "defense": defense}
-    results.write(name, {**content, "adaptive_cost": rows})
+        results.write(name, {**content, "adaptive_cost": rows})
     print_table(
         f"{defense}, {len(data)} images, every one attacked to the end",
         ["attack", "gradient steps", "minutes"],

@@ -34,7 +34,7 @@ def main(
     bundle: Path,
     dataset: str,
     out: Path,
-    defense: str,
+    defense: Annotated[str, typer.Option()],
     attack: Annotated[list[str] | None, typer.Option()] = None,
     rounds: int = 10,
     steps: int = 40,
@@ -74,26 +74,26 @@ def main(
         row = {"attack": column.name, "fell": int((~torch.tensor(scored.right)).sum()), "left": int(stands.sum())}
         rows.append({**row, "config": sent.config, "minutes": round(sent.seconds / 60, 1)})
         print(f"{column.name}: {row['fell']} fell, {row['left']} of {len(stands)} are left", flush=True)
-    worst = _without(found.worst, standing[~stands].tolist())
-    paired = compare(worst, before.base.worst, seed=seed)
-    results.write(
-        name,
-        {
-            "bundle": opened.digest,
-            "dataset": data.spec,
-            "defense": defence.name,
-            "images": before.images,
-            "stood": len(standing),
-            "effort": target.effort.in_numbers(),
-            "attacks": rows,
-            "harder": {"worst": sum(worst), "base": sum(before.base.worst), **asdict(paired)},
-        },
-    )
+        worst = _without(found.worst, standing[~stands].tolist())
+        paired = compare(worst, before.base.worst, seed=seed)
+        results.write(
+            name,
+            {
+                "bundle": opened.digest,
+                "dataset": data.spec,
+                "defense": defence.name,
+                "images": before.images,
+                "stood": len(standing),
+                "effort": target.effort.in_numbers(),
+                "attacks": rows,
+                "harder": {"worst": sum(worst), "base": sum(before.base.worst), **asdict(paired)},
+            },
+        )
     print_table(
         f"{defence.name}: {len(standing)} images stood, {sum(worst)} still do; the base, not attacked again, stood on "
         f"{sum(before.base.worst)}",
         ["attack", "fell", "left"],
-        [[row["attack"], row["fell"], row["left"]] for row in rows],
+        [[row["attack"], str(row["fell"]), str(row["left"])] for row in rows],
     )
     print(describe(paired))
 

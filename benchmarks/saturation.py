@@ -46,11 +46,17 @@ while True:
     due += 0.1
     time.sleep(max(0.0, due - time.perf_counter()))
     sent = time.perf_counter()
-    connection.request("GET", "/livez")
-    response = connection.getresponse()
-    response.read()
-    print(json.dumps([response.status, 1000 * (time.perf_counter() - sent)]), flush=True)
+    try:
+        connection.request("GET", "/livez")
+        response = connection.getresponse()
+        response.read()
+        status = response.status
+    except (OSError, http.client.HTTPException):
+        connection.close()  # the next request opens another
+        status = 0
+    print(json.dumps([status, 1000 * (time.perf_counter() - sent)]), flush=True)
 """
+_PROBES = 10  # a second
 
 
 def main(
@@ -121,6 +127,8 @@ class _Service:
             samples = open_loop(self._many, self._traffic, rate=rate, seconds=seconds).samples
         after = self._metrics()
         live = [milliseconds for status, milliseconds in answers if status == 200]
+        if len(answers) < 0.95 * _PROBES * seconds:
+            raise RuntimeError(f"/livez was asked {len(answers)} times in {seconds:g} s, not {_PROBES} a second")
         found = self._summary(samples, rate, seconds)
         return {
             **found,

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import torch
-import torchvision
 from numpy.typing import NDArray
 
 from index_builder.attackers import check_defences, open_attacker
@@ -241,7 +241,7 @@ def _manifest(
         built_with={
             "mithridate": __version__,
             "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
+            "torchvision": metadata.version("torchvision"),
         },
         files={
             name: FileEntry(sha256=sha256_of(workspace.path / name), bytes=(workspace.path / name).stat().st_size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import warnings
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
@@ -36,11 +37,9 @@ def open_digits(request: Request) -> Arrays:
     Levels 0..16 become round(v * 255 / 16). A fifth of each class is the test split. Split and order come
     from a hash of the image's number, so they are the same everywhere and any prefix mixes the classes.
     """
-    from sklearn.datasets import load_digits
-
-    data: Any = load_digits()
-    labels = np.asarray(data.target, dtype=np.int64)
-    images = np.rint(np.asarray(data.images) * (255 / 16)).astype(np.uint8)[:, np.newaxis]  # [N, 1, 8, 8]
+    table = _read_digits()  # a row an image: 64 levels, then the class
+    labels = table[:, -1].astype(np.int64)
+    images = np.rint(table[:, :-1].reshape(-1, 1, 8, 8) * (255 / 16)).astype(np.uint8)
     order = np.array(sorted(range(len(labels)), key=lambda number: shuffle_key(f"digits/{number}")))
     in_test = np.zeros(len(labels), dtype=bool)
     for label in range(len(DIGIT_NAMES)):
@@ -48,6 +47,20 @@ def open_digits(request: Request) -> Arrays:
         in_test[members[: round(len(members) / 5)]] = True
     kept = order[in_test[order] == (request.split == "test")]
     return Arrays(images=images[kept], labels=labels[kept], classes=DIGIT_NAMES)
+
+
+def _read_digits() -> npt.NDArray[np.float64]:
+    """The file behind ``sklearn.datasets.load_digits``, without importing scikit-learn, which takes seconds."""
+    found = find_spec("sklearn")
+    places = found.submodule_search_locations if found is not None else None
+    file = Path(next(iter(places or ["."]))) / "datasets" / "data" / "digits.csv.gz"
+    if not file.is_file():
+        from sklearn.datasets import load_digits
+
+        data: Any = load_digits()
+        return np.column_stack([data.data, data.target])
+    with gzip.open(file, "rt", encoding="ascii") as rows:
+        return np.loadtxt(rows, delimiter=",")
 
 
 def open_mnist(request: Request) -> Arrays:

@@ -1,12 +1,14 @@
 """Cutting a network at a named layer, without asking its author to change it.
 
-torchvision's feature extraction traces the network once; the cut is made in the traced graph, so that what lies
-behind the cut is not run. A network that cannot be traced (control flow that depends on the data) is cut with hooks:
+torch.fx traces the network once, through torchvision's feature extraction where the network is made of torchvision's
+parts or a layer has to be found by its name; the cut is made in the traced graph, so that what lies behind the cut is
+not run. A network that cannot be traced (control flow that depends on the data) is cut with hooks:
 the same values, but the whole network runs.
 """
 
 from __future__ import annotations
 
+import sys
 import threading
 import warnings
 from dataclasses import dataclass
@@ -48,7 +50,7 @@ def split_network(
     their parameters with ``network``. Raises ModelError for a layer that is not there, or where no tail can begin.
     """
     try:
-        graph_module = _trace(network)
+        graph_module = _trace(network, by_name=not {layer, tail_layer} <= {DEFAULT_LAYER, DEFAULT_TAIL, None})
     except Exception as error:  # tracing runs the network symbolically: anything may come out if that is not possible
         if tail_layer is not None:
             raise ModelError("the network cannot be traced, and a tail can only be cut out of one that can") from error
@@ -87,7 +89,11 @@ def _extractor(network: nn.Module, layer: str) -> fx.GraphModule:
     return graph_module
 
 
-def _trace(network: nn.Module) -> fx.GraphModule:
+def _trace(network: nn.Module, *, by_name: bool) -> fx.GraphModule:
+    """Nodes have the names that ``_extractor`` gives them only where they are found ``by_name``."""
+    if not by_name and "torchvision" not in sys.modules:
+        # Its import takes as long as torch's own, and nothing of the network can be torchvision's.
+        return fx.symbolic_trace(network).eval()
     from torchvision.models import feature_extraction
 
     with warnings.catch_warnings():

@@ -133,6 +133,7 @@ def test_an_interrupted_attack_keeps_what_it_measured(
                 give_up = time.monotonic() + 60
                 while not (out / "outcomes.jsonl").exists() and time.monotonic() < give_up:
                     assert process.poll() is None
+                    time.sleep(0.02)
                 process.send_signal(signal.SIGINT)
                 _, errors = process.communicate(timeout=60)
             assert process.returncode == 130

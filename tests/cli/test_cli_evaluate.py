@@ -74,32 +74,39 @@ def test_it_writes_a_report_and_the_card_that_verify_reads(mithridate: Callable,
     assert json.loads((out / "evaluation.json").read_text()) == content, "what was there is left alone"
 
 
-@pytest.mark.parametrize(("ruling", "code"), [("harmful", 1), ("not trustworthy", 1), ("gain", 0)])
-def test_strict_says_by_its_exit_code_what_was_found(
-    ruling: str, code: int, mithridate: Callable, digits_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With findings made up, so that each ruling occurs."""
-    from dataclasses import replace
-
+def making_up(monkeypatch: pytest.MonkeyPatch, ruling: str) -> None:
+    """Nothing is attacked: every defence that is asked for gets the ``ruling``, of so many images as there are."""
     import mithridate.evaluation.evaluate as module
     from mithridate.evaluation.findings import DefenceFindings, Evaluation
 
-    def one(name: str, said: str) -> DefenceFindings:
+    def one(name: str, said: str, images: int) -> DefenceFindings:
+        right = (True,) * images
         return DefenceFindings(
-            name=name, description="", random=False, clean=(True, True), cells=(), worst=(True, False),
+            name=name, description="", random=False, clean=right, cells=(), worst=(*right[1:], False),
             latency_factor=1.0, gates=(), clean_cost=None, gain=None, ruling=said, reasons=("because",),  # type: ignore[arg-type]
         )  # fmt: skip
 
     def made(plan: module.EvaluationPlan, work: Path, **_: object) -> Evaluation:
         work.mkdir(parents=True)
+        images = len(plan.data)
         return Evaluation(
             command="", created="2026-01-01T00:00:00+00:00", seconds=1.0, environment={},
-            bundle={"name": "digits", "digest": plan.bundle.digest}, dataset={"spec": "d", "fingerprint": "f"},
-            classes=tuple(plan.data.classes), images=2, labels=(0, 1), epsilon="16/255", seed=0, suite="standard",
-            defences=(one("none", "base"), replace(one("rmc", ruling))),
+            bundle={"name": "digits", "digest": plan.bundle.digest},
+            dataset={"spec": plan.data.spec, "fingerprint": plan.data.fingerprint()},
+            classes=tuple(plan.data.classes), images=images, labels=tuple(plan.data.labels.tolist()),
+            epsilon=str(plan.epsilon), seed=plan.seed, suite=plan.suite, effort=plan.effort.in_numbers(),
+            defences=(one("none", "base", images), *(one(name, ruling, images) for name in plan.defenses)),
         )  # fmt: skip
 
     monkeypatch.setattr(module, "evaluate", made)
+
+
+@pytest.mark.parametrize(("ruling", "code"), [("harmful", 1), ("not trustworthy", 1), ("gain", 0)])
+def test_strict_says_by_its_exit_code_what_was_found(
+    ruling: str, code: int, mithridate: Callable, digits_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With findings made up, so that each ruling occurs."""
+    making_up(monkeypatch, ruling)
     asked = ("evaluate", digits_bundle, *ASKED, "--no-card")
     assert mithridate(*asked, "--out", tmp_path / "strict", "--strict").code == code
     assert mithridate(*asked, "--out", tmp_path / "plain").code == 0
@@ -169,8 +176,10 @@ def test_a_report_does_not_spoil_the_bundle(mithridate: Callable, bundle: Path) 
 
 
 def test_a_glance_does_not_replace_what_was_measured_with_more(
-    mithridate: Callable, bundle: Path, tmp_path: Path
+    mithridate: Callable, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    making_up(monkeypatch, "no evidence of gain")
+
     def evaluate(name: str, *options: object) -> str:
         found = mithridate("evaluate", bundle, *ASKED, "--out", tmp_path / name, *options)
         assert found.code == 0, found.err

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torchvision
+from sklearn.datasets import load_digits
 
 from mithridate.datasets import LabelledImages, load_dataset
 from mithridate.defenses.none import base_pass
 from mithridate.errors import ModelError
 from mithridate.models import Classifier, ModelSpec, architecture_names, build_classifier, is_factory, load_classifier
+from mithridate.models.registry import build_network
+from mithridate.models.splitting import split_network
 from mithridate.types import to_images
 
 GREY, COLOUR = (1, 8, 8), (3, 32, 32)
@@ -202,3 +208,51 @@ def test_threads_may_build_at_the_same_time() -> None:
     for model in models:
         with torch.no_grad():
             torch.testing.assert_close(model.head(model.embed(random_images(2))), model(random_images(2)))
+
+
+@pytest.mark.parametrize(("arch", "shape"), [("small-cnn", (1, 8, 8)), ("resnet20", (3, 32, 32))])
+@pytest.mark.parametrize("tail", [None, "auto"])
+def test_a_network_of_ours_is_cut_alike_with_and_without_torchvision(
+    arch: str, shape: tuple[int, int, int], tail: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = build_network(arch, num_classes=10, image_shape=shape).network.eval()
+    images = torch.rand(3, *shape, generator=torch.Generator().manual_seed(0))
+    with_it = split_network(network, example=images, tail_layer=tail)
+    monkeypatch.delitem(sys.modules, "torchvision")
+    without = split_network(network, example=images, tail_layer=tail)
+    assert "torchvision" not in sys.modules
+    for one, other in zip(with_it.trunk(images), without.trunk(images), strict=True):
+        assert torch.equal(one, other)
+    assert with_it.head is without.head
+    names = [
+        {name for name, _ in split.tail.named_parameters()} if split.tail else None for split in (with_it, without)
+    ]
+    assert names[0] == names[1]
+
+
+def test_what_a_network_of_ours_does_not_need_is_not_imported() -> None:
+    """Either takes about as long as torch itself, each time that a command or an engine starts."""
+    code = """
+import sys
+from mithridate.datasets import load_dataset
+from mithridate.models import build_classifier
+from index_builder.build import build_bundle
+load_dataset("digits[test]")
+build_classifier("small-cnn", num_classes=10, image_shape=(1, 8, 8))
+print([name for name in ("torchvision", "sklearn", "torch._dynamo") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("readable", [True, False])
+def test_the_digits_are_scikit_learns(readable: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not readable:  # packed where it has no file, say
+        monkeypatch.setattr("mithridate.datasets.builtin.find_spec", lambda name: None)
+    theirs = load_digits()
+    ours = np.concatenate([load_dataset(f"digits[{split}]").images for split in ("train", "test")])
+    levels = np.rint(theirs.images * (255 / 16)).astype(np.uint8)
+    assert sorted(image.tobytes() for image in ours) == sorted(image.tobytes() for image in levels)
+    label = {image.tobytes(): int(label) for image, label in zip(levels, theirs.target, strict=True)}
+    test = load_dataset("digits[test]")
+    assert [label[image.tobytes()] for image in test.images] == test.labels.tolist()

@@ -266,7 +266,7 @@ def test_everything_flows_through_a_cut_that_is_called_separating(make: Callable
     from mithridate.models.splitting import _output_node, _trace
     from mithridate.models.tails import separating_nodes
 
-    graph = _trace(make().eval()).graph
+    graph = _trace(make().eval(), by_name=False).graph
     output = _output_node(graph)
     start = next(node for node in graph.nodes if node.op == "placeholder")
 
