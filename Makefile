@@ -32,7 +32,7 @@ serve: install
 	$(BIN)/mithridate demo --out build/demo --serve
 
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: install
 	$(BIN)/ruff format --check .

@@ -50,6 +50,22 @@ def _still_two_threads() -> Iterator[None]:
     use_threads()
 
 
+_LONG = (
+    "test_demo",
+    "test_build_interrupted",
+    "test_engine_process",
+    "test_service_swap",
+    "test_evaluate",
+    "test_faults",
+)
+"""Files with few tests that take long: begun last, one would run while the other process has nothing left to do."""
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in _LONG)
+
+
 @pytest.fixture(scope="session")
 def digits_train() -> LabelledImages:
     return load_dataset("digits[train]")

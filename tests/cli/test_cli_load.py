@@ -71,13 +71,13 @@ def test_a_run_too_short_for_a_percentile_says_how_long_it_has_to_be(
     mithridate: Callable, quick: str, tmp_path: Path
 ) -> None:
     (tmp_path / "x.png").write_bytes(b"x")
-    sent = ("load", quick, "--images", tmp_path / "x.png", "--rate", "40,20", "--warmup", "0")
-    said = [line for line in mithridate(*sent, "--duration", "1").err.splitlines() if "--duration" in line]
+    sent = ("load", quick, "--images", tmp_path / "x.png", "--rate", "200,100", "--warmup", "0")
+    said = [line for line in mithridate(*sent, "--duration", "0.5").err.splitlines() if "--duration" in line]
     assert len(said) == 1
     assert said[0].endswith(
-        "fewer than 5 samples beyond; --duration that is long enough at 20/s: p95 5, p99 25, p99.9 250"
+        "fewer than 5 samples beyond; --duration that is long enough at 100/s: p95 1, p99 5, p99.9 50"
     )
-    assert "p95" not in mithridate(*sent, "--duration", "5").err, "and so it is"
+    assert "p95" not in mithridate(*sent, "--duration", "1.2").err, "and so it is"
 
 
 @pytest.mark.parametrize(
