@@ -53,6 +53,14 @@ def whole(plan: EvaluationPlan, work: Path) -> Evaluation:
     return evaluate(plan, work)
 
 
+@pytest.fixture(scope="module")
+def curved(plan: EvaluationPlan, tmp_path_factory: pytest.TempPathFactory) -> tuple[Evaluation, Path]:
+    """A smaller one, with curves of two images, and its folder."""
+    folder = tmp_path_factory.mktemp("curved") / "work"
+    asked = replace(plan, suite="standard", defenses=("rmc",), effort=replace(TINY, curve=2))
+    return evaluate(asked, folder), folder
+
+
 def told(found: Evaluation) -> dict[str, object]:
     """All that depends neither on the clock nor on rounding, which decides between points that are as good."""
     defences = tuple(
@@ -128,9 +136,8 @@ def test_a_random_defence_is_asked_again_and_again(whole: Evaluation) -> None:
     assert base.worst_repeated is rmc.worst_repeated is None
 
 
-def test_what_a_curve_is_of(plan: EvaluationPlan, whole: Evaluation, tmp_path: Path) -> None:
-    curved = replace(plan, suite="standard", defenses=("rmc",), effort=replace(TINY, curve=2))
-    steps = next(curve for curve in evaluate(curved, tmp_path).curves if curve.kind == "steps")
+def test_what_a_curve_is_of(curved: tuple[Evaluation, Path], whole: Evaluation) -> None:
+    steps = next(curve for curve in curved[0].curves if curve.kind == "steps")
     assert set(steps.series) == {"none", "rmc"}
     for points in steps.series.values():
         assert [point.x for point in points] == list(range(0, 101, 5))
@@ -189,15 +196,17 @@ def test_how_much_slower_does_not_hang_on_one_answer(plan: EvaluationPlan) -> No
     assert latency_factor(none, none, pixels, seed=0) == 1
 
 
-def test_an_interrupted_run_goes_on_to_the_same_end(plan: EvaluationPlan, tmp_path: Path) -> None:
+def test_an_interrupted_run_goes_on_to_the_same_end(
+    plan: EvaluationPlan, curved: tuple[Evaluation, Path], tmp_path: Path
+) -> None:
     small, folder = replace(plan, suite="standard", defenses=("rmc",)), tmp_path / "work"
-    whole = evaluate(small, tmp_path / "whole")
+    whole, complete = replace(curved[0], curves=()), curved[1]
     with pytest.raises(KeyboardInterrupt):
         evaluate(small, folder, progress=stop_after(6))
     kept = {file.name: file.stat().st_mtime_ns for file in folder.glob("*.npz")}
-    assert 0 < len(kept) < len(list((tmp_path / "whole").glob("*.npz")))
+    assert 0 < len(kept) < len(list(complete.glob("*.npz")))
     assert not list(folder.glob("*.part"))
-    found = evaluate(small, folder)
+    found = replace(evaluate(small, folder), curves=())
     assert {name: (folder / name).stat().st_mtime_ns for name in kept} == kept, "made again"
     assert json.dumps(told(found)) == json.dumps(told(whole))
 
