@@ -45,8 +45,8 @@ def harder(content: dict[str, Any]) -> Iterator[str]:
     found, effort = content["harder"], content["effort"]
     yield (
         f"\n`{content['defense']}`: of the {content['stood']} images of {content['images']} that stood, attacked again "
-        f"with {effort['rounds']} rounds of {effort['steps']} steps and {effort['queries']} queries, {found['worst']} "
-        f"still do; the base, not attacked again, stood on {found['base']}"
+        f"({effort['steps']} steps; where an attack has them {effort['rounds']} rounds, {effort['queries']} queries), "
+        f"{found['worst']} still do; the base, not attacked again, stood on {found['base']}"
     )
     yield from table(
         ["attack", "fell", "left", "minutes"],
