@@ -45,7 +45,7 @@ def demo(
         report = _fresh(out)
         run_command(
             *("attack", url, "--dataset", f"{_DATASET}[test,:200]", "--bundle", str(bundle), "--epsilon", _EPSILON),
-            *("--attack", "pgd20", "--defense", "rmc", "--rate", "80", "--out", str(report), "--json"),
+            *("--attack", "pgd20", "--defense", "rmc", "--rate", "40", "--out", str(report), "--json"),
             quiet=True,
         )
     _show(report)
