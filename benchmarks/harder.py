@@ -67,9 +67,11 @@ def main(
     )
     rows: list[dict[str, Any]] = []
     stands = torch.ones(len(standing), dtype=torch.bool)
-    for column in columns(target, "adaptive"):
-        if column.same_as is not None or (attack and column.name not in attack):
-            continue
+    offered = [column for column in columns(target, "adaptive") if column.same_as is None]
+    chosen = [column for column in offered if not attack or column.name in attack]
+    if not chosen:
+        raise typer.BadParameter(f"--attack {attack}; allowed: {', '.join(column.name for column in offered)}")
+    for column in chosen:
         sent = column.run(target, [])
         scored = score(defence, sent.pixels, target.labels, repeats=_DRAWS, seed=seed, random=target.random)
         fell = 2 * torch.tensor(scored.wrong) > scored.asked

@@ -37,13 +37,15 @@ from mithridate.evaluation import percentile
 
 _KNEE = (0.8, 1.0, 1.1, 1.2, 1.35, 1.5)
 _SHED = 429
+_PROBES = 10
+"""Of ``/livez``, a second."""
 
 _PROBE = """
 import http.client, json, sys, time
 connection = http.client.HTTPConnection("127.0.0.1", int(sys.argv[1]), timeout=30)
 due = time.perf_counter()
 while True:
-    due += 0.1
+    due += 1 / float(sys.argv[2])
     time.sleep(max(0.0, due - time.perf_counter()))
     sent = time.perf_counter()
     try:
@@ -56,7 +58,6 @@ while True:
         status = 0
     print(json.dumps([status, 1000 * (time.perf_counter() - sent)]), flush=True)
 """
-_PROBES = 10  # a second
 
 
 def main(
@@ -164,7 +165,8 @@ def _probing(port: int) -> Iterator[list[tuple[int, float]]]:
     """Fills the list at the end of the block."""
     found: list[tuple[int, float]] = []
     with tempfile.TemporaryFile("w+") as said:  # not a pipe: nobody reads before the end, and a full one would stop it
-        probe = subprocess.Popen([sys.executable, "-c", _PROBE, str(port)], stdout=said, stderr=subprocess.DEVNULL)
+        command = [sys.executable, "-c", _PROBE, str(port), str(_PROBES)]
+        probe = subprocess.Popen(command, stdout=said, stderr=subprocess.DEVNULL)
         try:
             yield found
         finally:

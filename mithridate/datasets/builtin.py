@@ -52,15 +52,15 @@ def open_digits(request: Request) -> Arrays:
 def _read_digits() -> npt.NDArray[np.float64]:
     """The file behind ``sklearn.datasets.load_digits``, without importing scikit-learn, which takes seconds."""
     found = find_spec("sklearn")
-    places = found.submodule_search_locations if found is not None else None
-    file = Path(next(iter(places or ["."]))) / "datasets" / "data" / "digits.csv.gz"
-    if not file.is_file():
-        from sklearn.datasets import load_digits
+    if found is not None and found.origin is not None:
+        file = Path(found.origin).parent / "datasets" / "data" / "digits.csv.gz"
+        if file.is_file():
+            with gzip.open(file, "rt", encoding="ascii") as rows:
+                return np.loadtxt(rows, delimiter=",")
+    from sklearn.datasets import load_digits
 
-        data: Any = load_digits()
-        return np.column_stack([data.data, data.target])
-    with gzip.open(file, "rt", encoding="ascii") as rows:
-        return np.loadtxt(rows, delimiter=",")
+    data: Any = load_digits()
+    return np.column_stack([data.data, data.target])
 
 
 def open_mnist(request: Request) -> Arrays:

@@ -2,8 +2,8 @@
 
 torch.fx traces the network once, through torchvision's feature extraction where the network is made of torchvision's
 parts or a layer has to be found by its name; the cut is made in the traced graph, so that what lies behind the cut is
-not run. A network that cannot be traced (control flow that depends on the data) is cut with hooks:
-the same values, but the whole network runs.
+not run. A network that cannot be traced (control flow that depends on the data) is cut with hooks: the same values, but
+the whole network runs.
 """
 
 from __future__ import annotations
@@ -49,8 +49,9 @@ def split_network(
     ``example``, a normalised batch, is run where the network cannot be traced, and to find a tail. The parts share
     their parameters with ``network``. Raises ModelError for a layer that is not there, or where no tail can begin.
     """
+    named = layer != DEFAULT_LAYER or tail_layer not in (DEFAULT_TAIL, None)
     try:
-        graph_module = _trace(network, by_name=not {layer, tail_layer} <= {DEFAULT_LAYER, DEFAULT_TAIL, None})
+        graph_module = _trace(network, by_name=named)
     except Exception as error:  # tracing runs the network symbolically: anything may come out if that is not possible
         if tail_layer is not None:
             raise ModelError("the network cannot be traced, and a tail can only be cut out of one that can") from error
